@@ -1,0 +1,419 @@
+package istio_test
+
+import (
+	"encoding/json"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/proto"
+	networking "istio.io/api/networking/v1alpha3"
+	"sigs.k8s.io/yaml"
+
+	"github.com/regbridge/regbridge/labels"
+	"github.com/regbridge/regbridge/mcp"
+	"github.com/regbridge/regbridge/mcp/istio"
+)
+
+// TestGolden renders each service of testdata/in and compares what a reader gets from the wire with testdata/out.
+func TestGolden(t *testing.T) {
+	inputs, err := filepath.Glob("testdata/in/*.yaml")
+	if err != nil || len(inputs) == 0 {
+		t.Fatalf("no input: %v", err)
+	}
+	for _, in := range inputs {
+		t.Run(strings.TrimSuffix(filepath.Base(in), ".yaml"), func(t *testing.T) {
+			b, err := os.ReadFile(in)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var s mcp.Service
+			if err := yaml.UnmarshalStrict(b, &s); err != nil {
+				t.Fatalf("%s: %v", in, err)
+			}
+			got, err := yaml.Marshal(map[string]any{
+				"istio":   published(t, istio.Stock, s),
+				"higress": published(t, istio.Higress("higress-system"), s),
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			out := filepath.Join("testdata", "out", filepath.Base(in))
+			if *update {
+				if err := os.WriteFile(out, got, 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(out)
+			if err != nil {
+				t.Fatalf("%v: run go test ./mcp/istio -update, and read what it wrote", err)
+			}
+			if diff := cmp.Diff(string(want), string(got)); diff != "" {
+				t.Errorf("%s differs (-want +got):\n%s", out, diff)
+			}
+		})
+	}
+}
+
+// published renders, checks and encodes s, and returns what a reader decodes.
+func published(t *testing.T, d istio.Dialect, s mcp.Service) []any {
+	t.Helper()
+	var out []any
+	for _, o := range d.Render(s) {
+		if err := d.Check(o); err != nil {
+			t.Errorf("%s: %s %s is refused: %v", d, o.Kind, o.Name, err)
+		}
+		name, version, body, err := istio.Encode(o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		decoded, v, err := istio.Decode(body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name != o.Namespace+"/"+o.Name || v != version || decoded.Kind != o.Kind || decoded.Name != o.Name ||
+			decoded.Namespace != o.Namespace {
+			t.Errorf("%s %s (version %s) was decoded as %s %s/%s (version %s)",
+				o.Kind, name, version, decoded.Kind, decoded.Namespace, decoded.Name, v)
+		}
+		text, err := istio.JSON(decoded, v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var object any
+		if err := json.Unmarshal(text, &object); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, object)
+	}
+	return out
+}
+
+func TestProtocols(t *testing.T) {
+	tests := []struct {
+		protocol     mcp.Protocol
+		stock        string
+		stockTLS     bool
+		vip          bool
+		higress      string
+		higressRules int // with TLS stated
+	}{
+		{mcp.TCP, "TCP", false, true, "TCP", 0},
+		{mcp.HTTP, "HTTP", false, false, "HTTP", 0},
+		{mcp.HTTP2, "HTTP2", false, false, "HTTP2", 0},
+		{mcp.HTTPS, "HTTP", true, false, "HTTPS", 1},
+		{mcp.GRPC, "GRPC", false, false, "GRPC", 0},
+		{mcp.GRPCS, "GRPC", true, false, "GRPCS", 1},
+		{mcp.Dubbo, "TCP", false, true, "Dubbo", 0},
+		{mcp.Unsupported, "TCP", false, true, "UnsupportedProtocol", 0},
+		{"thrift", "TCP", false, true, "thrift", 0},
+	}
+	higress := istio.Higress("gateway")
+	for _, test := range tests {
+		t.Run(string(test.protocol), func(t *testing.T) {
+			s := mcp.Service{Host: "a.b", Port: 80, Protocol: test.protocol, Endpoints: []mcp.Endpoint{{Address: "10.0.0.1", Port: 81}}}
+			objects := istio.Stock.Render(s)
+			entry := objects[0].Spec.(*networking.ServiceEntry)
+			if p := entry.Ports[0]; p.Protocol != test.stock || p.Name != test.stock || entry.Endpoints[0].Ports[test.stock] != 81 {
+				t.Errorf("stock: port %v, endpoint %v", p, entry.Endpoints[0])
+			}
+			if got := len(objects) == 2; got != test.stockTLS {
+				t.Errorf("stock: DestinationRule rendered: %v, want %v", got, test.stockTLS)
+			}
+			if got := istio.Stock.NeedsVIP(s); got != test.vip {
+				t.Errorf("stock: needs a virtual address: %v, want %v", got, test.vip)
+			}
+			if n := len(higress.Render(s)); n != 1 {
+				t.Errorf("higress: %d objects where the registry states no TLS", n)
+			}
+			s.TLS = &mcp.TLS{SNI: "x.example"}
+			objects = higress.Render(s)
+			entry = objects[0].Spec.(*networking.ServiceEntry)
+			if p := entry.Ports[0]; p.Protocol != test.higress || p.Name != test.higress || entry.Endpoints[0].Ports[test.higress] != 81 {
+				t.Errorf("higress: port %v, endpoint %v", p, entry.Endpoints[0])
+			}
+			if got := len(objects) - 1; got != test.higressRules {
+				t.Errorf("higress: %d DestinationRules, want %d", got, test.higressRules)
+			}
+			if higress.NeedsVIP(s) {
+				t.Error("higress needs no virtual addresses")
+			}
+		})
+	}
+}
+
+func TestRuleNameOfHigress(t *testing.T) {
+	for host, want := range map[string]string{
+		"my-svc.dns":           "istio-autogenerated-k8s-ingress-b196d63f2fbae66b052c5bd5aa2af455",
+		"infra-backend-v1.dns": "istio-autogenerated-k8s-ingress-a37e3d52dd87e1ed46d041d02ca2d341",
+	} {
+		s := mcp.Service{Host: host, Port: 443, Protocol: mcp.HTTPS, TLS: &mcp.TLS{}}
+		rule := istio.Higress("gateway").Render(s)[1]
+		if rule.Name != want || rule.Namespace != "gateway" {
+			t.Errorf("%s: rule %s/%s, want gateway/%s", host, rule.Namespace, rule.Name, want)
+		}
+	}
+}
+
+func TestEndpointLabels(t *testing.T) {
+	tests := []struct {
+		key, value     string
+		stock, higress bool
+	}{
+		{"version", "v1", true, true},
+		{"version", "", true, true},
+		{"app.kubernetes.io/name", "order", true, true},
+		{"topology.kubernetes.io/zone", "z1", true, true},
+		{"x", strings.Repeat("v", 200), true, true}, // istiod has no limit here
+		{"timestamp", "1700000000000", false, true},
+		{"pid", "4711", false, true},
+		{"istio-locality", "r1.z1", false, true},
+		{"security.istio.io/tlsMode", "istio", false, true},
+		{"topology.istio.io/network", "n2", false, true},
+		{"istio.io/draining", "true", false, true},
+		{"notistio.io/x", "y", true, true},
+		{"istio.io.example/x", "y", true, true},
+		{"methods", "a,b", false, true},
+		{"path", "/actuator", false, true},
+		{"side", "provider ", false, true},
+		{"owner", "團隊", false, true},
+		{"團隊", "x", false, true},
+		{"", "x", false, true},
+		{"-x", "y", false, true},
+		{"a/b/c", "y", false, true},
+		{"/b", "y", false, true},
+		{"a b", "y", false, true},
+		{strings.Repeat("k", 64), "y", false, true},
+		{strings.Repeat("p", 254) + "/k", "y", false, true},
+		{"bytes", "\xff", false, false}, // cannot be sent at all
+	}
+	for _, test := range tests {
+		set := labels.FromMap(map[string]string{test.key: test.value, "kept": "yes"})
+		s := mcp.Service{Host: "a.b", Port: 80, Protocol: mcp.HTTP, Endpoints: []mcp.Endpoint{{Address: "10.0.0.1", Labels: set}}}
+		for d, want := range map[istio.Dialect]bool{istio.Stock: test.stock, istio.Higress("ns"): test.higress} {
+			o := d.Render(s)[0]
+			if err := d.Check(o); err != nil {
+				t.Errorf("%s: %q=%q: %v", d, test.key, test.value, err)
+			}
+			wantLabels := map[string]string{"kept": "yes"}
+			if want {
+				wantLabels[test.key] = test.value
+			}
+			if diff := cmp.Diff(wantLabels, o.Spec.(*networking.ServiceEntry).Endpoints[0].Labels); diff != "" {
+				t.Errorf("%s: %q=%q (-want +got):\n%s", d, test.key, test.value, diff)
+			}
+		}
+	}
+}
+
+func TestResourceLabels(t *testing.T) {
+	long := strings.Repeat("n", 80)
+	for name, want := range map[string]string{
+		"my-nacos":  "my-nacos",
+		"":          "",
+		"_a b/":     "a-b-rb-",
+		"註冊":        "rb-",
+		long:        long[:43] + "-rb-",
+		"prod.eu_1": "prod.eu_1",
+	} {
+		s := mcp.Service{Host: "a.b", Port: 80, Protocol: mcp.HTTPS, RegistryType: "nacos2", RegistryName: name, TLS: &mcp.TLS{}}
+		for _, o := range istio.Stock.Render(s) {
+			got := o.Labels["higress-registry-name"]
+			if rest, ok := strings.CutPrefix(got, want); !ok || strings.HasSuffix(want, "rb-") != (len(rest) == 16) {
+				t.Errorf("stock: %s: registry name %q is labelled %q", o.Kind, name, got)
+			}
+			if err := istio.Stock.Check(o); err != nil {
+				t.Error(err)
+			}
+		}
+		if got := istio.Higress("ns").Render(s)[0].Labels["higress-registry-name"]; got != name {
+			t.Errorf("higress: registry name %q is labelled %q", name, got)
+		}
+	}
+}
+
+func TestBadEndpointsAreLeftOut(t *testing.T) {
+	tests := []struct {
+		address        string
+		port           uint32
+		dns            bool
+		stock, higress bool // left out
+	}{
+		{"10.0.0.1", 8080, false, false, false},
+		{"2001:db8::1", 8080, false, false, false},
+		{"::ffff:10.0.0.1", 0, false, false, false},
+		{"10.0.0.1", 65536, false, true, true},
+		{"", 80, false, true, true},
+		{"fe80::1%eth0", 80, false, true, true},
+		{"[2001:db8::1]", 80, false, true, true},
+		{"10.0.0.256", 80, false, true, true},
+		{"unix:///run/docker.sock", 80, false, true, true},
+		{"web.example.com", 80, false, true, true},
+		{"web.example.com", 80, true, false, false},
+		{"10.0.0.1", 80, true, false, false},
+		{"localhost", 80, true, false, false},
+		{"my_host.example.com", 80, true, true, false},
+		{"10.0.0.256", 80, true, true, false},
+		{"*.example.com", 80, true, true, false},
+		{"fe80::1%eth0", 80, true, true, true},
+		{"web example", 80, true, true, true},
+		{"", 80, true, true, true},
+		{"web\xff", 80, true, true, true},
+	}
+	for _, test := range tests {
+		good := mcp.Endpoint{Address: "10.9.9.9", Port: 80}
+		bad := mcp.Endpoint{Address: test.address, Port: test.port}
+		s := mcp.Service{Host: "a.b", Port: 80, Protocol: mcp.HTTP, DNS: test.dns, Endpoints: []mcp.Endpoint{bad, good}}
+		for d, out := range map[istio.Dialect]bool{istio.Stock: test.stock, istio.Higress("ns"): test.higress} {
+			err := d.EndpointError(s, bad)
+			o := d.Render(s)[0]
+			n := len(o.Spec.(*networking.ServiceEntry).Endpoints)
+			if (err != nil) != out || (n == 1) != out {
+				t.Errorf("%s: %q:%d (DNS %v): error %v, %d endpoints rendered", d, test.address, test.port, test.dns, err, n)
+			}
+			if err := d.Check(o); err != nil {
+				t.Errorf("%s: %q: %v", d, test.address, err)
+			}
+		}
+	}
+}
+
+func TestNoEndpointsAnswerInPlaceOfALookup(t *testing.T) {
+	s := mcp.Service{Host: "api.dns", Port: 80, Protocol: mcp.HTTP, DNS: true}
+	for _, d := range []istio.Dialect{istio.Stock, istio.Higress("ns")} {
+		o := d.Render(s)[0]
+		if r := o.Spec.(*networking.ServiceEntry).Resolution; r != networking.ServiceEntry_STATIC {
+			t.Errorf("%s: a DNS service without endpoints has resolution %s: proxies would look up its host", d, r)
+		}
+	}
+}
+
+func TestAddresses(t *testing.T) {
+	for vip, want := range map[string][]string{
+		"240.0.0.7": {"240.0.0.7"}, "::ffff:240.0.0.7": {"240.0.0.7"}, "2001:2::7": {"2001:2::7"}, "": nil,
+	} {
+		s := mcp.Service{Host: "a.b", Port: 3306, Protocol: mcp.TCP}
+		if vip != "" {
+			s.VIP = netip.MustParseAddr(vip)
+		}
+		if diff := cmp.Diff(want, istio.Stock.Render(s)[0].Spec.(*networking.ServiceEntry).Addresses); diff != "" {
+			t.Errorf("stock, %q (-want +got):\n%s", vip, diff)
+		}
+		if got := istio.Higress("ns").Render(s)[0].Spec.(*networking.ServiceEntry).Addresses; got != nil {
+			t.Errorf("higress, %q: addresses %v", vip, got)
+		}
+	}
+}
+
+// TestUnusableServerName holds that a name that Envoy would refuse all clusters for is not sent, and that the proxies
+// verify all the same.
+func TestUnusableServerName(t *testing.T) {
+	for _, sni := range []string{"", strings.Repeat("a", 256), "a b", "a\n", "\xff"} {
+		s := mcp.Service{Host: "a.b", Port: 443, Protocol: mcp.GRPCS, TLS: &mcp.TLS{SNI: sni}}
+		for _, d := range []istio.Dialect{istio.Stock, istio.Higress("ns")} {
+			o := d.Render(s)[1]
+			tls := o.Spec.(*networking.DestinationRule).TrafficPolicy.PortLevelSettings[0].Tls
+			if tls.Sni != "" || tls.Mode != networking.ClientTLSSettings_SIMPLE || tls.InsecureSkipVerify.GetValue() {
+				t.Errorf("%s: SNI %q gives %v", d, sni, tls)
+			}
+			if err := d.Check(o); err != nil {
+				t.Errorf("%s: SNI %q: %v", d, sni, err)
+			}
+		}
+	}
+}
+
+func TestParseDialect(t *testing.T) {
+	for _, d := range []istio.Dialect{istio.Stock, istio.Higress("higress-system")} {
+		got, err := istio.ParseDialect(d.String(), "higress-system")
+		if err != nil || got != d {
+			t.Errorf("%s: got %v, %v", d, got, err)
+		}
+	}
+	for _, args := range [][2]string{{"", "ns"}, {"Istio", "ns"}, {"higress", ""}, {"higress", "a/b"}} {
+		if d, err := istio.ParseDialect(args[0], args[1]); err == nil {
+			t.Errorf("dialect %q with namespace %q is taken as %s", args[0], args[1], d)
+		}
+	}
+	if kinds := istio.Published(); !reflect.DeepEqual(kinds, []string{istio.ServiceEntryKind, istio.DestinationRuleKind}) {
+		t.Errorf("published kinds: %v", kinds)
+	}
+}
+
+// FuzzRender holds that whatever registrants write, stock istiod takes the resources, and the good endpoint is in them.
+func FuzzRender(f *testing.F) {
+	f.Add("order.DEFAULT-GROUP.public.nacos", "HTTP", "nacos", "a", "version", "v1", "r1/z1", "", []byte{10, 0, 0, 1}, uint16(80))
+	f.Add("providers:com.foo.Bar:1.0.0:.zookeeper", "Dubbo", "zookeeper", "z k", "methods", "a,b", "/", "", []byte{1}, uint16(1))
+	f.Add("..", "HTTPS", "", "\xff", "istio.io/x", "\xff", "\xff", "x.example", make([]byte, 16), uint16(65535))
+	f.Add("*.dc1.consul", "GRPCS", "consul", "/", "a/b", "", "a/b/c/d", "a b", []byte{}, uint16(443))
+	f.Fuzz(func(t *testing.T, host, protocol, typ, name, key, value, locality, sni string, address []byte, port uint16) {
+		ip, ok := netip.AddrFromSlice(address)
+		if !ok {
+			ip = netip.AddrFrom4([4]byte{10, 0, 0, 1})
+		}
+		s := mcp.Service{
+			Host: host, Port: uint32(max(port, 1)), Protocol: mcp.Protocol(protocol), RegistryType: typ, RegistryName: name,
+			DNS: len(value)%2 == 0, TLS: &mcp.TLS{SNI: sni},
+			Endpoints: []mcp.Endpoint{
+				{Address: host},
+				{Address: ip.String(), Port: uint32(port), Weight: 3, Locality: locality, Labels: labels.FromMap(map[string]string{key: value})},
+			},
+		}
+		objects := istio.Stock.Render(s)
+		for _, o := range objects {
+			if err := istio.Stock.Check(o); err != nil {
+				t.Errorf("refused: %v", err)
+			}
+			_, _, body, err := istio.Encode(o)
+			if err != nil {
+				t.Fatalf("cannot be sent: %v", err)
+			}
+			if got, _, err := istio.Decode(body); err != nil || !proto.Equal(got.Spec, o.Spec) {
+				t.Errorf("arrives as %v, %v, want %v", got.Spec, err, o.Spec)
+			}
+		}
+		entry := objects[0].Spec.(*networking.ServiceEntry)
+		if n := len(entry.Endpoints); n == 0 || entry.Endpoints[n-1].Address != ip.String() {
+			t.Errorf("the endpoint is gone: %v", entry.Endpoints)
+		}
+		for _, o := range istio.Higress("ns").Render(s) {
+			if _, _, _, err := istio.Encode(o); err != nil && mcp.ParseProtocol(protocol) == s.Protocol {
+				t.Errorf("cannot be sent to Higress: %v", err)
+			}
+		}
+	})
+}
+
+// BenchmarkPublish is the way of one service of ten endpoints to its bytes.
+func BenchmarkPublish(b *testing.B) {
+	for _, distinct := range []bool{false, true} {
+		s := mcp.Service{Host: "order.DEFAULT-GROUP.public.nacos", Port: 8080, Protocol: mcp.HTTP, RegistryType: "nacos2", RegistryName: "a"}
+		for i := range 10 {
+			m := map[string]string{"version": "v1", "preserved.register.source": "SPRING_CLOUD", "zone": "z1"}
+			if distinct {
+				m["instance"] = strconv.Itoa(i)
+			}
+			s.Endpoints = append(s.Endpoints, mcp.Endpoint{
+				Address: "10.0.0." + strconv.Itoa(i+1), Port: 8080, Locality: "r1/z1", Labels: labels.FromMap(m),
+			})
+		}
+		b.Run("distinct labels "+strconv.FormatBool(distinct), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				for _, o := range istio.Stock.Render(s) {
+					if err := istio.Stock.Check(o); err != nil {
+						b.Fatal(err)
+					}
+					if _, _, _, err := istio.Encode(o); err != nil {
+						b.Fatal(err)
+					}
+				}
+			}
+		})
+	}
+}
