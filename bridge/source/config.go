@@ -1,0 +1,80 @@
+// Package source is where McpBridge resources come from: from files. It reads them with the eyes of Kubernetes, tells what
+// is wrong with them and where, keeps what was last good of what cannot be read now, and hands the whole to the bridge as
+// a bridge.Config whenever something changes. It reads the Secrets that entries name from files too.
+//
+// It knows the shape of McpBridge, and nothing of what any type of registry makes of it: that is the constructors' matter,
+// whose findings cmd brings together with ours (see Validate, and bridge.RegistryConfig.Problems).
+package source
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"github.com/regbridge/regbridge/bridge"
+)
+
+// build makes the registries of a configuration from valid documents and the rules of a defaults file.
+//
+// Of documents with one namespace and name, the one of the first API group counts, and within a group the first one. Of
+// entries with one type and name in a document, the last one counts, as in Higress. What does not count is a problem.
+func build(docs []Document, rules []rule) ([]bridge.RegistryConfig, []bridge.Problem) {
+	docs = slices.Clone(docs)
+	slices.SortStableFunc(docs, func(a, b Document) int {
+		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(rank(a), rank(b)))
+	})
+	var registries []bridge.RegistryConfig
+	var problems []bridge.Problem
+	used := make([]bool, len(rules))
+	for i, doc := range docs {
+		// Documents without a name are invalid, and no copies of each other; only Validate brings them here.
+		if i > 0 && doc.Name != "" && docs[i-1].Namespace == doc.Namespace && docs[i-1].Name == doc.Name {
+			first := docs[i-1]
+			problems = append(problems, bridge.Problem{File: doc.File, Line: doc.Line, Path: "metadata.name",
+				Message: fmt.Sprintf("%s McpBridge %s/%s is defined at %s already, as one of %s, and that one counts: "+
+					"delete one of the two, or rename it",
+					doc.Group, doc.Namespace, doc.Name, place(first), first.Group)})
+			docs[i] = first
+			continue
+		}
+		last := map[bridge.Key]Item{}
+		for _, it := range doc.Items {
+			last[key(doc, it)] = it
+		}
+		for _, it := range doc.Items {
+			if l := last[key(doc, it)]; l.Path != it.Path {
+				problems = append(problems, bridge.Problem{File: it.Fields[""].File, Line: it.Fields[""].Line, Path: it.Path,
+					Message: fmt.Sprintf("registry %s/%s is defined again on line %d, by %s, and that one counts: "+
+						"delete one of the two, or rename it",
+						it.Entry.Type, it.Entry.Name, l.Fields[""].Line, l.Path)})
+				continue
+			}
+			rc := bridge.RegistryConfig{
+				Key: key(doc, it), Entry: it.Entry, Path: it.Path, Origin: place(doc), Err: it.Err, Fields: it.Fields,
+			}
+			applyRules(&rc, rules, used)
+			if rc.Entry.ProxyName != "" {
+				problems = append(problems, rc.Problems(errProxyUnused)...)
+			}
+			registries = append(registries, rc)
+		}
+	}
+	for i, r := range rules {
+		if !used[i] {
+			problems = append(problems, bridge.Problem{File: r.at.File, Line: r.at.Line, Path: r.path,
+				Message: "no registry matches this rule", Warning: true})
+		}
+	}
+	return registries, problems
+}
+
+func key(doc Document, it Item) bridge.Key {
+	return bridge.Key{Namespace: doc.Namespace, Bridge: doc.Name, Type: it.Entry.Type, Name: it.Entry.Name}
+}
+
+func place(d Document) string { return fmt.Sprintf("%s:%d", d.File, d.Line) }
+
+// rank gives the precedence of the document's API group, 0 being the first.
+func rank(d Document) int {
+	return slices.IndexFunc(apiGroups(), func(g apiGroup) bool { return g.group == d.Group })
+}

@@ -1,0 +1,356 @@
+package source
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"time"
+
+	"github.com/regbridge/regbridge/bridge"
+)
+
+// FilesOptions are the settings of Files.
+type FilesOptions struct {
+	// Path is a file, or a folder whose files *.yaml, *.yml and *.json are read, without hidden ones and sub-folders.
+	Path string
+	// DefaultsFile is a file with settings for entries that do not have them (see rule); empty means none.
+	DefaultsFile string
+	// Logger gets what keeps changes from being noticed. All else is in the Config.
+	Logger *slog.Logger
+}
+
+// Files is the bridge.Source that reads McpBridges from a file or a folder. Changes are noticed at once; the symbolic links
+// of mounted ConfigMaps too.
+//
+// Only what is read is believed. What cannot be read (the path, one file in the folder, one document because of its syntax
+// or its metadata, one entry without type and name) stays as it last was; Config.Err tells of it. As long as anything has
+// never been read, Config.Read is false: what an unknown document would say may be in use already.
+//
+// What is missing from what was read is gone: a file that is no longer in a folder that can be read, a document, an entry.
+// But it must be missing for a second, since files are emptied before they are written, and renamed. A folder that was
+// replaced by one without any file is not believed: a volume was unmounted. Of a path that is a file, its absence is a
+// failed read as well.
+type Files struct {
+	o FilesOptions
+	t timing
+
+	folder   folder
+	files    map[string]*file
+	complete bool
+
+	rules         []rule
+	rulesRead     bool
+	rulesErr      error
+	rulesProblems []bridge.Problem
+	rulesSum      [sha256.Size]byte
+}
+
+// file is what is known of one file.
+type file struct {
+	// sum is the hash of the content that latest was parsed from.
+	sum    [sha256.Size]byte
+	latest parsed
+	// err is why the last attempt to read failed.
+	err error
+	// empty says that the content has no bytes, gone that there is no such file any more.
+	empty, gone bool
+
+	// docs is what is believed: latest's, with what the rules of Files keep of earlier ones.
+	docs []Document
+	// believed says that docs was read, be it as nothing.
+	believed bool
+	// doubt is since when something is missing from latest, zero if nothing is.
+	doubt time.Time
+}
+
+// NewFiles returns a source that reads files. It touches none before Run.
+func NewFiles(o FilesOptions) *Files {
+	return &Files{o: o, t: defaultTiming(), files: map[string]*file{}}
+}
+
+// Run implements bridge.Source. It is called once.
+func (f *Files) Run(ctx context.Context, apply func(bridge.Config)) error {
+	var last bridge.Config
+	first := true
+	watch(ctx, f.o.Logger, f.t, f.dirs, func() time.Duration {
+		c, pause := f.scan(time.Now())
+		if ctx.Err() == nil && (first || !reflect.DeepEqual(c, last)) {
+			apply(c)
+			first, last = false, c
+		}
+		return pause
+	})
+	return nil
+}
+
+func (f *Files) dirs() []string {
+	dirs := watched(f.o.Path)
+	if f.o.DefaultsFile != "" {
+		dirs = append(dirs, watched(f.o.DefaultsFile)...)
+	}
+	return dirs
+}
+
+// scan reads everything, and returns the state with the time after which to read again.
+func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
+	pause := f.t.rescan
+	var failed []error
+	if err := f.readRules(); err != nil {
+		failed = append(failed, err)
+		pause = f.t.retry
+	}
+	if err := f.read(); err != nil {
+		failed = append(failed, fmt.Errorf("read the configuration: %w (what was read before stays)", err))
+		pause = f.t.retry
+	} else {
+		if f.settle(now) {
+			pause = f.t.confirm
+		}
+		f.complete = f.complete || f.rulesRead && f.allBelieved()
+	}
+
+	var docs []Document
+	var problems []bridge.Problem
+	for _, path := range slices.Sorted(maps.Keys(f.files)) {
+		file := f.files[path]
+		docs = append(docs, file.docs...)
+		switch {
+		case file.gone:
+		case file.err != nil:
+			problems = append(problems, bridge.Problem{File: path, Message: fmt.Sprintf("cannot be read: %v", file.err)})
+			failed = append(failed, fmt.Errorf("read the configuration: %w (what was read of it before stays)", file.err))
+			pause = min(pause, f.t.retry)
+		default:
+			problems = append(problems, file.latest.problems...)
+			if file.latest.broken != "" {
+				failed = append(failed, fmt.Errorf("invalid: %s (what was last good stays)", file.latest.broken))
+			} else if file.kept() {
+				failed = append(failed, fmt.Errorf("not understood: %s (what was last good stays)", file.latest.vague))
+			}
+		}
+	}
+	c := bridge.Config{Read: f.complete, Err: errors.Join(failed...)}
+	c.Problems = append(problems, f.rulesProblems...)
+	if f.rulesRead {
+		var found []bridge.Problem
+		c.Registries, found = build(docs, f.rules)
+		c.Problems = append(c.Problems, found...)
+	}
+	slices.SortStableFunc(c.Problems, comparePlaces)
+	return c, pause
+}
+
+// readRules reads the defaults file. Until it has been read there are no registries at all: without what it says of TLS,
+// for one, a password could be sent in plain text.
+func (f *Files) readRules() error {
+	if f.o.DefaultsFile == "" {
+		f.rulesRead = true
+		return nil
+	}
+	data, err := readRegular(f.o.DefaultsFile, maxFileSize)
+	if err != nil {
+		f.rulesErr, f.rulesSum = fmt.Errorf("read the registry defaults: %w (what was last good stays)", err), [sha256.Size]byte{}
+		f.rulesProblems = nil
+		return f.rulesErr
+	}
+	if sum := sha256.Sum256(data); sum != f.rulesSum {
+		f.rulesSum, f.rulesErr = sum, nil
+		var rules []rule
+		rules, f.rulesProblems = parseRules(f.o.DefaultsFile, data)
+		if len(f.rulesProblems) > 0 {
+			f.rulesErr = fmt.Errorf("invalid registry defaults: %s (what was last good stays)", Text(f.rulesProblems[0]))
+		} else {
+			f.rules, f.rulesRead = rules, true
+		}
+	}
+	return f.rulesErr
+}
+
+// read reads all files into their latest state. An error means that it is not known which files there are.
+func (f *Files) read() error {
+	info, err := os.Stat(f.o.Path)
+	if err != nil {
+		return err
+	}
+	paths := []string{f.o.Path}
+	if info.IsDir() {
+		if paths, err = configFiles(f.o.Path); err != nil {
+			return err
+		}
+		if f.o.DefaultsFile != "" {
+			paths = slices.DeleteFunc(paths, func(p string) bool { return p == filepath.Clean(f.o.DefaultsFile) })
+		}
+		if err := f.folder.check(f.o.Path, len(paths) > 0); err != nil {
+			return err
+		}
+	}
+	for _, path := range paths {
+		data, err := readRegular(path, maxFileSize)
+		if errors.Is(err, fs.ErrNotExist) && info.IsDir() {
+			if _, lerr := os.Lstat(path); errors.Is(lerr, fs.ErrNotExist) {
+				continue // deleted since it was listed
+			}
+		}
+		if f.files[path] == nil {
+			f.files[path] = &file{}
+		}
+		f.files[path].update(path, data, err)
+	}
+	for path, file := range f.files {
+		if !slices.Contains(paths, path) {
+			*file = gone(*file)
+		}
+	}
+	return nil
+}
+
+func (f *file) update(path string, data []byte, err error) {
+	f.gone, f.err, f.empty = false, err, err == nil && len(data) == 0
+	if err != nil {
+		f.sum, f.latest = [sha256.Size]byte{}, parsed{}
+		return
+	}
+	if sum := sha256.Sum256(data); sum != f.sum {
+		f.sum, f.latest = sum, parse(path, data, false)
+	}
+}
+
+func gone(f file) file {
+	return file{gone: true, docs: f.docs, believed: f.believed, doubt: f.doubt}
+}
+
+// settle decides for each file what of its latest content is believed. It reports whether something is in doubt.
+func (f *Files) settle(now time.Time) bool {
+	inDoubt := false
+	present := f.present()
+	for path, file := range f.files {
+		if file.err != nil {
+			continue
+		}
+		docs := file.mend(present.docs)
+		still := keysOf(docs)
+		missing := file.empty && !file.believed
+		for k := range keysOf(file.docs) {
+			missing = missing || !present.registries[k] && !still[k]
+		}
+		switch {
+		case !missing:
+			file.doubt = time.Time{}
+		case file.doubt.IsZero():
+			file.doubt = now
+		}
+		if missing && now.Sub(file.doubt) < f.t.confirm {
+			inDoubt = true
+			continue
+		}
+		file.doubt = time.Time{}
+		if file.gone {
+			delete(f.files, path)
+			continue
+		}
+		file.docs = docs
+		file.believed = file.believed || file.latest.broken == ""
+	}
+	return inDoubt
+}
+
+// valid returns the documents of the latest content that can be used.
+func (f *file) valid() []Document {
+	var docs []Document
+	for _, d := range f.latest.docs {
+		if !d.invalid {
+			docs = append(docs, d)
+		}
+	}
+	return docs
+}
+
+// mend returns what the latest content says, completed where it cannot be understood with what was believed before: a
+// document that is not among those of any file (elsewhere), if one here is broken, and an entry, if one in its document
+// has no type or name.
+func (f *file) mend(elsewhere map[identity]bool) []Document {
+	docs := f.valid()
+	for _, old := range f.docs {
+		i := slices.IndexFunc(docs, func(d Document) bool { return identify(d) == identify(old) })
+		switch {
+		case i < 0:
+			if (f.latest.broken != "" || f.latest.vague != "") && !elsewhere[identify(old)] {
+				docs = append(docs, old)
+			}
+		case docs[i].nameless > 0:
+			known := keysOf(docs[i : i+1])
+			docs[i].Items = slices.Clone(docs[i].Items)
+			for _, it := range old.Items {
+				if !known[key(old, it)] {
+					docs[i].Items = append(docs[i].Items, it)
+				}
+			}
+		}
+	}
+	return docs
+}
+
+// kept reports whether documents are believed that the latest content does not have.
+func (f *file) kept() bool {
+	return f.doubt.IsZero() && f.latest.vague != "" && len(f.docs) > len(f.valid())
+}
+
+// An identity tells one McpBridge from others.
+type identity struct{ group, namespace, name string }
+
+func identify(d Document) identity { return identity{d.Group, d.Namespace, d.Name} }
+
+// contents are the documents and registries of all files together, as they were read last.
+type contents struct {
+	docs       map[identity]bool
+	registries map[bridge.Key]bool
+}
+
+func (f *Files) present() contents {
+	c := contents{docs: map[identity]bool{}, registries: map[bridge.Key]bool{}}
+	for _, file := range f.files {
+		docs := file.valid()
+		if file.err != nil {
+			docs = file.docs
+		}
+		for _, d := range docs {
+			c.docs[identify(d)] = true
+		}
+		maps.Copy(c.registries, keysOf(docs))
+	}
+	return c
+}
+
+// keysOf returns the keys of the documents' entries.
+func keysOf(docs []Document) map[bridge.Key]bool {
+	keys := map[bridge.Key]bool{}
+	for _, d := range docs {
+		for _, it := range d.Items {
+			keys[key(d, it)] = true
+		}
+	}
+	return keys
+}
+
+func (f *Files) allBelieved() bool {
+	for _, file := range f.files {
+		if !file.believed {
+			return false
+		}
+	}
+	return true
+}
+
+// comparePlaces orders problems by file and line.
+func comparePlaces(a, b bridge.Problem) int {
+	return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Line, b.Line))
+}

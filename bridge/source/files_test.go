@@ -1,0 +1,456 @@
+package source
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/regbridge/regbridge/bridge"
+)
+
+// quick is a timing for tests. What is missing must be so for long enough that a test can look in between.
+func quick() timing {
+	return timing{
+		quiet: 10 * time.Millisecond, latest: 100 * time.Millisecond, confirm: 300 * time.Millisecond,
+		retry: 20 * time.Millisecond, rescan: time.Hour,
+	}
+}
+
+// doc is a McpBridge with consul registries of these names, given as name or name:port.
+func doc(name string, registries ...string) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "apiVersion: networking.higress.io/v1\nkind: McpBridge\nmetadata: {name: %s}\nspec:\n  registries:\n", name)
+	for _, r := range registries {
+		r, port, _ := strings.Cut(r, ":")
+		fmt.Fprintf(&b, "  - {type: consul, name: %s, domain: h, port: %s}\n", r, port)
+	}
+	return b.String()
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A reader runs Files and remembers what was applied.
+type reader struct {
+	t       *testing.T
+	mu      sync.Mutex
+	last    bridge.Config
+	applied int
+	changed chan struct{}
+}
+
+func read(t *testing.T, o FilesOptions, tm timing) *reader {
+	t.Helper()
+	o.Logger = slog.New(slog.DiscardHandler)
+	f := NewFiles(o)
+	f.t = tm
+	r := &reader{t: t, changed: make(chan struct{}, 1)}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- f.Run(ctx, func(c bridge.Config) {
+			r.mu.Lock()
+			r.last = c
+			r.applied++
+			r.mu.Unlock()
+			select {
+			case r.changed <- struct{}{}:
+			default:
+			}
+		})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return r
+}
+
+func (r *reader) config() (bridge.Config, int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.last, r.applied
+}
+
+// names gives the registries as "bridge/name:port".
+func names(c bridge.Config) string {
+	var out []string
+	for _, rc := range c.Registries {
+		out = append(out, fmt.Sprintf("%s/%s:%d", rc.Key.Bridge, rc.Key.Name, rc.Entry.Port))
+	}
+	return strings.Join(out, " ")
+}
+
+// until waits until the configuration is as wanted: the registries, and a part of the error ("" means no error).
+func (r *reader) until(registries, errText string) bridge.Config {
+	r.t.Helper()
+	deadline := time.After(10 * time.Second)
+	for {
+		c, n := r.config()
+		asWanted := c.Err == nil && errText == "" || c.Err != nil && errText != "" && strings.Contains(c.Err.Error(), errText)
+		if n > 0 && names(c) == registries && asWanted {
+			return c
+		}
+		select {
+		case <-r.changed:
+		case <-deadline:
+			r.t.Fatalf("want %q with error %q; have %q with error %v, read %v", registries, errText, names(c), c.Err, c.Read)
+		}
+	}
+}
+
+func TestFilesReadsAFolder(t *testing.T) {
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "b.yaml"), doc("b", "y:1", "x:2"))
+	write(t, filepath.Join(dir, "a.yml"), doc("z", "z:3")+"---\n"+doc("a", "a:4"))
+	write(t, filepath.Join(dir, ".hidden.yaml"), doc("h", "h:1"))
+	write(t, filepath.Join(dir, "notes.txt"), "{")
+	must(t, os.Mkdir(filepath.Join(dir, "sub"), 0o700))
+	write(t, filepath.Join(dir, "sub", "s.yaml"), doc("s", "s:1"))
+	write(t, filepath.Join(dir, "c.json"), `{"apiVersion":"mcp.higress.io/v1alpha1","kind":"McpBridge",
+		"metadata":{"name":"j"},"spec":{"registries":[{"type":"consul","name":"j","port":5}]}}`)
+	r := read(t, FilesOptions{Path: dir}, quick())
+	c := r.until("a/a:4 b/y:1 b/x:2 j/j:5 z/z:3", "")
+	if !c.Read || len(c.Problems) != 0 {
+		t.Errorf("Read = %v, problems: %s", c.Read, text(c.Problems))
+	}
+	if rc := c.Registries[0]; rc.Origin != filepath.Join(dir, "a.yml")+":8" || rc.Path != "spec.registries[0]" || rc.Fields["port"].Line != 13 {
+		t.Errorf("origin %s, path %s, port %v", rc.Origin, rc.Path, rc.Fields["port"])
+	}
+}
+
+func TestFilesFollowsChanges(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a.yaml")
+	for name, path := range map[string]string{"file": file, "folder": dir} {
+		t.Run(name, func(t *testing.T) {
+			write(t, file, doc("a", "x:1"))
+			r := read(t, FilesOptions{Path: path}, quick())
+			r.until("a/x:1", "")
+			write(t, file, doc("a", "x:2", "y:1"))
+			r.until("a/x:2 a/y:1", "")
+			write(t, file+".new", doc("a", "x:3", "y:1")) // as editors do
+			must(t, os.Rename(file+".new", file))
+			r.until("a/x:3 a/y:1", "")
+			write(t, file, doc("a", "x:3"))
+			r.until("a/x:3", "")
+		})
+	}
+}
+
+// A file system that tells of no changes is read every now and then.
+func TestFilesReadsAgainWithoutEvents(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	target := filepath.Join(elsewhere, "x.yaml")
+	write(t, target, doc("a", "x:1"))
+	must(t, os.Symlink(target, filepath.Join(dir, "a.yaml"))) // the folder with the target is not watched
+	tm := quick()
+	tm.rescan = 50 * time.Millisecond
+	r := read(t, FilesOptions{Path: dir}, tm)
+	r.until("a/x:1", "")
+	write(t, target, doc("a", "x:2"))
+	r.until("a/x:2", "")
+}
+
+func TestFilesFollowsConfigMaps(t *testing.T) {
+	dir := t.TempDir()
+	mount := func(version string, files map[string]string) {
+		must(t, os.Mkdir(filepath.Join(dir, ".."+version), 0o700))
+		for name, content := range files {
+			write(t, filepath.Join(dir, ".."+version, name), content)
+		}
+		must(t, os.Symlink(".."+version, filepath.Join(dir, "..data_tmp")))
+		must(t, os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data")))
+		for name := range files {
+			if _, err := os.Lstat(filepath.Join(dir, name)); err != nil {
+				must(t, os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)))
+			}
+		}
+	}
+	mount("v1", map[string]string{"a.yaml": doc("a", "x:1"), "b.yaml": doc("b", "x:1")})
+	folder := read(t, FilesOptions{Path: dir}, quick())
+	single := read(t, FilesOptions{Path: filepath.Join(dir, "a.yaml")}, quick())
+	folder.until("a/x:1 b/x:1", "")
+	single.until("a/x:1", "")
+
+	mount("v2", map[string]string{"a.yaml": doc("a", "x:2"), "b.yaml": doc("b", "x:2")})
+	must(t, os.RemoveAll(filepath.Join(dir, "..v1")))
+	folder.until("a/x:2 b/x:2", "")
+	single.until("a/x:2", "")
+
+	// A key is taken out: for a moment its link leads nowhere.
+	mount("v3", map[string]string{"a.yaml": doc("a", "x:3")})
+	folder.until("a/x:3 b/x:2", "b.yaml")
+	must(t, os.Remove(filepath.Join(dir, "b.yaml")))
+	folder.until("a/x:3", "")
+	single.until("a/x:3", "")
+}
+
+func TestFilesWaitsForWhatIsMissing(t *testing.T) {
+	for name, file := range map[string]string{"folder": "", "file": "a.yaml"} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "later")
+			r := read(t, FilesOptions{Path: filepath.Join(dir, file)}, quick())
+			if c := r.until("", "no such file"); c.Read {
+				t.Error("a missing path counts as read")
+			}
+			must(t, os.Mkdir(dir, 0o700))
+			write(t, filepath.Join(dir, "a.yaml"), doc("a", "x:1"))
+			if c := r.until("a/x:1", ""); !c.Read {
+				t.Error("not read")
+			}
+			// A folder or file that goes away later has not deleted anything.
+			must(t, os.Rename(dir, dir+".old"))
+			if c := r.until("a/x:1", "no such file"); !c.Read {
+				t.Error("what was read once no longer counts as read")
+			}
+			must(t, os.Mkdir(dir, 0o700))
+			if file == "" {
+				r.until("a/x:1", "unmounted") // as the mount point of a volume
+			}
+			write(t, filepath.Join(dir, "a.yaml"), doc("a", "x:2"))
+			r.until("a/x:2", "")
+			write(t, filepath.Join(dir, "a.yaml"), doc("a", "x:3")) // it is the new folder that is watched
+			r.until("a/x:3", "")
+		})
+	}
+}
+
+func TestFilesKeepsWhatCannotBeRead(t *testing.T) {
+	unreadable := map[string]func(t *testing.T, path string){
+		"a folder": func(t *testing.T, path string) { must(t, os.Mkdir(path, 0o700)) },
+		"a dangling link": func(t *testing.T, path string) {
+			must(t, os.Symlink(filepath.Join(t.TempDir(), "nothing"), path))
+		},
+		"invalid YAML": func(t *testing.T, path string) { write(t, path, doc("a", "x:9")+"  - {\n") },
+		"an invalid object": func(t *testing.T, path string) {
+			write(t, path, strings.ReplaceAll(doc("a", "x:9"), "registries:", "Registries:"))
+		},
+		"a wrong version": func(t *testing.T, path string) { write(t, path, strings.ReplaceAll(doc("a", "x:9"), "/v1", "/v2")) },
+		"the beginning":   func(t *testing.T, path string) { write(t, path, "apiVersion: networking.higress.io/v1\n") },
+		"a nameless entry": func(t *testing.T, path string) {
+			write(t, path, strings.ReplaceAll(doc("a", "x:9"), "name: x", "naem: x"))
+		},
+	}
+	for name, spoil := range unreadable {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			bad, good := filepath.Join(dir, "a.yaml"), filepath.Join(dir, "b.yaml")
+			write(t, bad, doc("a", "x:1"))
+			write(t, good, doc("b", "y:1"))
+			f, now := NewFiles(FilesOptions{Path: dir}), time.Now()
+			f.scan(now)
+			must(t, os.Remove(bad))
+			spoil(t, bad)
+			write(t, good, doc("b", "y:2"))
+			for range 3 {
+				c, pause := f.scan(now)
+				if got := names(c); got != "a/x:1 b/y:2" || !c.Read {
+					t.Fatalf("%s, read %v, error %v", got, c.Read, c.Err)
+				}
+				// That one entry has no name is its own problem; the document is read.
+				if (c.Err == nil) != (name == "a nameless entry") || c.Err != nil && !strings.Contains(c.Err.Error(), bad) {
+					t.Errorf("error %v", c.Err)
+				}
+				if !strings.Contains(text(c.Problems), bad) {
+					t.Errorf("problems do not name the file: %s", text(c.Problems))
+				}
+				now = now.Add(pause)
+			}
+			must(t, os.RemoveAll(bad))
+			write(t, bad, doc("a", "x:3"))
+			if c, _ := f.scan(now); names(c) != "a/x:3 b/y:2" || c.Err != nil {
+				t.Errorf("not mended: %s, %v", names(c), c.Err)
+			}
+		})
+	}
+}
+
+// What could not be read at the start may be in use, as may what a broken document says.
+func TestFilesIsNotReadWhileSomethingIsUnknown(t *testing.T) {
+	for name, content := range map[string]string{
+		"broken": "{", "a folder": "", "object": strings.ReplaceAll(doc("a", "x:1"), "name: a", "name: A"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			bad := filepath.Join(dir, "a.yaml")
+			write(t, filepath.Join(dir, "b.yaml"), doc("b", "y:1"))
+			if content == "" {
+				must(t, os.Mkdir(bad, 0o700))
+			} else {
+				write(t, bad, content)
+			}
+			r := read(t, FilesOptions{Path: dir}, quick())
+			if c := r.until("b/y:1", "a.yaml"); c.Read {
+				t.Error("counts as read")
+			}
+			must(t, os.RemoveAll(bad))
+			if c := r.until("b/y:1", ""); !c.Read {
+				t.Error("does not count as read")
+			}
+		})
+	}
+}
+
+// A file is emptied before it is written, and two steps make a renaming.
+func TestFilesDoesNotBelieveAMoment(t *testing.T) {
+	dir := t.TempDir()
+	a, b := filepath.Join(dir, "a.yaml"), filepath.Join(dir, "b.yaml")
+	write(t, a, doc("a", "x:1"))
+	write(t, b, doc("b", "y:1"))
+	tm := quick()
+	tm.confirm = time.Hour
+	r := read(t, FilesOptions{Path: dir}, tm)
+	r.until("a/x:1 b/y:1", "")
+	for i, partial := range []string{"", "# nothing\n", doc("a")} {
+		write(t, a, partial)
+		write(t, b, doc("b", fmt.Sprintf("y:%d", i+2))) // proves that a.yaml was read too
+		r.until(fmt.Sprintf("a/x:1 b/y:%d", i+2), "")
+	}
+	must(t, os.Remove(a))
+	write(t, b, doc("b", "y:7"))
+	r.until("a/x:1 b/y:7", "")
+	write(t, filepath.Join(dir, "c.yaml"), doc("a", "x:2"))
+	r.until("a/x:2 b/y:7", "") // it moved, which needs no second look
+
+	late := read(t, FilesOptions{Path: dir}, tm)
+	late.until("a/x:2 b/y:7", "")
+	write(t, a, "")
+	fresh := read(t, FilesOptions{Path: a}, tm)
+	if c := fresh.until("", ""); c.Read {
+		t.Error("an empty file counts as read at once")
+	}
+}
+
+func TestFilesBelievesDeletions(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"a", "b", "c", "d"} {
+		write(t, filepath.Join(dir, name+".yaml"), doc(name, "x:1", "y:1"))
+	}
+	r := read(t, FilesOptions{Path: dir}, quick())
+	r.until("a/x:1 a/y:1 b/x:1 b/y:1 c/x:1 c/y:1 d/x:1 d/y:1", "")
+	must(t, os.Remove(filepath.Join(dir, "a.yaml")))
+	write(t, filepath.Join(dir, "b.yaml"), "")
+	write(t, filepath.Join(dir, "c.yaml"), doc("c", "y:1"))
+	r.until("c/y:1 d/x:1 d/y:1", "")
+	must(t, os.Remove(filepath.Join(dir, "c.yaml")))
+	must(t, os.Remove(filepath.Join(dir, "b.yaml")))
+	must(t, os.Remove(filepath.Join(dir, "d.yaml")))
+	if c := r.until("", ""); !c.Read {
+		t.Error("an empty folder does not count as read")
+	}
+}
+
+func TestFilesAppliesOnlyChanges(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a.yaml")
+	write(t, file, doc("a", "x:1")+"  - {type: consul, name: y, port: x}\n  extra: 1\n")
+	write(t, filepath.Join(dir, "b.yaml"), "{")
+	must(t, os.Mkdir(filepath.Join(dir, "c.yaml"), 0o700))
+	tm := quick()
+	tm.rescan, tm.retry = time.Millisecond, time.Millisecond
+	r := read(t, FilesOptions{Path: dir}, tm)
+	r.until("a/x:1 a/y:0", "b.yaml")
+	for i := range 100 { // each of which may be seen, as may the file before it is written again
+		write(t, filepath.Join(dir, "notes.txt"), fmt.Sprint(i))
+		write(t, file+".new", doc("a", "x:1")+"  - {type: consul, name: y, port: x}\n  extra: 1\n")
+		must(t, os.Rename(file+".new", file))
+	}
+	write(t, file+".new", doc("a", "x:2")+"  - {type: consul, name: y, port: x}\n  extra: 1\n")
+	must(t, os.Rename(file+".new", file))
+	r.until("a/x:2 a/y:0", "b.yaml")
+	if _, n := r.config(); n > 2 {
+		t.Errorf("applied %d times", n)
+	}
+}
+
+const consulRules = `
+defaults:
+- match: {namespace: default, bridge: a, type: consul, name: x}
+  set: {refreshInterval: 15s, port: 99, tls: {caFile: /a}}
+- match: {type: "*", name: ""}
+  set:
+    tls: {caFile: /b}
+    dnsServers: [1.2.3.4]
+`
+
+func TestFilesAppliesDefaults(t *testing.T) {
+	dir := t.TempDir()
+	rules := filepath.Join(dir, "defaults.yaml") // in the same folder, where it is no McpBridge
+	write(t, filepath.Join(dir, "a.yaml"), doc("a", "x:1")+"  - {type: consul, name: own, port: 2, consulRefreshInterval: 20, tls: {}}\n")
+	r := read(t, FilesOptions{Path: dir, DefaultsFile: rules}, quick())
+	if c := r.until("", "defaults.yaml"); c.Read {
+		t.Error("counts as read without the defaults")
+	}
+	write(t, rules, consulRules)
+	c := r.until("a/x:1 a/own:2", "")
+	x, own := c.Registries[0], c.Registries[1]
+	if !c.Read || len(c.Problems) > 0 || x.Entry.RefreshInterval.Or(0) != 15*time.Second || x.Entry.Port != 1 || x.Entry.TLS.CAFile != "/a" ||
+		len(x.Entry.DNSServers) != 1 || own.Entry.RefreshInterval != 0 || own.Entry.TLS.CAFile != "" {
+		t.Errorf("%+v %+v %s", x.Entry, own.Entry, text(c.Problems))
+	}
+	if at := x.Fields["tls.caFile"]; at.File != rules || at.Line != 4 {
+		t.Errorf("tls.caFile is at %v", at)
+	}
+	if at := x.Fields["port"]; at.File == rules {
+		t.Errorf("port is at %v", at)
+	}
+
+	write(t, rules, strings.ReplaceAll(consulRules, "refreshInterval: 15s", "refreshinterval: 15s"))
+	c = r.until("a/x:1 a/own:2", "refreshInterval")
+	if c.Registries[0].Entry.RefreshInterval == 0 {
+		t.Error("a broken defaults file is not the last good one")
+	}
+	must(t, os.Remove(rules))
+	r.until("a/x:1 a/own:2", "no such file")
+	write(t, rules, "defaults:\n- match: {name: nobody}\n  set: {port: 1}\n- set: {refreshInterval: 20s, consulDatacenter: dc1}\n")
+	c = r.until("a/x:1 a/own:2", "")
+	if got := text(c.Problems); !strings.Contains(got, "defaults.yaml:2: defaults[0]: no registry matches") {
+		t.Error(got)
+	}
+	if c.Registries[0].Entry.RefreshInterval.Or(0) != 20*time.Second {
+		t.Error("the new defaults are not used")
+	}
+}
+
+func TestDefaultsAreStrict(t *testing.T) {
+	for content, want := range map[string]string{
+		"":                                 "the file is empty",
+		"{":                                "no valid YAML",
+		"defaults: []\n---\ndefaults: []":  "f:3: a second document",
+		"default: []":                      `write "defaults"`,
+		"defaults: {}":                     "f:1: defaults: want a list",
+		"defaults:\n- match: {}":           "f:2: defaults[0].set: the rule sets nothing",
+		"defaults:\n- set: {name: x}":      "f:2: defaults[0].set.name: an entry's name has no default",
+		"defaults:\n- set: {port: x}":      "f:2: defaults[0].set.port: want a port",
+		"defaults:\n- set: {tsl: {}}":      `f:2: defaults[0].set.tsl: there is no field "tsl" here, and it has no effect: write "tls"`,
+		"defaults:\n- match: {name: a*}\n": "only * alone",
+	} {
+		_, problems := parseRules("f", []byte(content))
+		if got := text(problems); !strings.Contains(got, want) || strings.Contains(got, "warning") {
+			t.Errorf("%q: %s", content, got)
+		}
+	}
+	if rules, problems := parseRules("f", []byte("# none\ndefaults: []\n")); len(rules) > 0 || len(problems) > 0 {
+		t.Error(rules, text(problems))
+	}
+}
