@@ -1,0 +1,303 @@
+package consul
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/regbridge/regbridge/registry"
+)
+
+const (
+	dialTimeout = 5 * time.Second
+	// maxContact bounds the age of a server's last contact with its leader: an answer that may be older proves nothing.
+	maxContact = 10 * time.Second
+	// maxBody bounds one answer. 10,000 instances with 20 checks each take about 100 MB.
+	maxBody = 256 << 20
+)
+
+// client asks one Consul agent. It takes its types from Consul's own library, but not its client: that one fills each
+// unset field, the token and its file among them, from the environment, and does not tell an answer without Consul's
+// headers from one that has them.
+type client struct {
+	env     registry.Env
+	server  registry.Server
+	http    *http.Client
+	base    url.URL
+	query   url.Values // of each request: data centre, namespace, partition
+	timeout time.Duration
+}
+
+// meta is what the headers of an answer say.
+type meta struct {
+	// index is the state's version, above 0.
+	index uint64
+	// filtered says that the token was not allowed to see all. Consul never says so to an anonymous request.
+	filtered bool
+	// anonymous says that the request had no token and the agent denies by default.
+	anonymous bool
+	// streamed says that the agent answered by itself, from a stream of events.
+	streamed bool
+	// http2 says that requests share a connection.
+	http2 bool
+	// size is the length of the body.
+	size int
+}
+
+// statusError is an answer of the agent that is no success.
+type statusError struct {
+	code int
+	text string
+}
+
+func (e *statusError) Error() string {
+	switch {
+	case e.code == http.StatusForbidden:
+		return fmt.Sprintf("refused (403 %s): check the token in the entry's Secret, key consulToken", e.text)
+	case e.code == http.StatusTooManyRequests:
+		return fmt.Sprintf("too many requests or connections (429 %s): raise limits.http_max_conns_per_client of the agent, "+
+			"or let fewer programs of this host use it", e.text)
+	default:
+		return fmt.Sprintf("answered %d %s", e.code, e.text)
+	}
+}
+
+// errUnproven is wrapped by errors about answers that arrived but prove nothing about the present.
+var errUnproven = errors.New("the answer is not believed")
+
+func newClient(env registry.Env, server registry.Server, query url.Values, timeout time.Duration) (*client, error) {
+	c := &client{env: env, server: server, query: query, timeout: timeout}
+	c.base = url.URL{Scheme: "http", Host: server.String()}
+	dialer := &net.Dialer{Timeout: dialTimeout}
+	transport := &http.Transport{ // no Proxy: the environment has no say
+		DialContext:         dialer.DialContext,
+		MaxIdleConnsPerHost: idleConns,
+		IdleConnTimeout:     30 * time.Second,
+	}
+	config, err := c.clientTLS()
+	if err != nil {
+		return nil, err
+	}
+	if config != nil {
+		c.base.Scheme = "https"
+		transport.ForceAttemptHTTP2 = true
+		transport.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			config, err := c.clientTLS() // current files and Secrets
+			if err != nil {
+				return nil, err
+			}
+			if config == nil {
+				return nil, errors.New("TLS was turned off")
+			}
+			config.NextProtos = []string{"h2", "http/1.1"}
+			if config.ServerName == "" {
+				config.ServerName = server.Host
+			}
+			return (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext(ctx, network, address)
+		}
+	}
+	c.http = &http.Client{
+		Transport: transport,
+		// A redirect would carry the token to who knows where.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return c, nil
+}
+
+func (c *client) clientTLS() (*tls.Config, error) {
+	if c.env.ClientTLS == nil {
+		return nil, nil
+	}
+	config, err := c.env.ClientTLS()
+	if err != nil {
+		return nil, fmt.Errorf("prepare TLS to consul at %s: %w", c.server, err)
+	}
+	return config, nil
+}
+
+// close ends the connections. It is called after the last request has returned.
+func (c *client) close() { c.http.CloseIdleConnections() }
+
+// services lists the names of all services, each with the tags of all its instances. With an index that an earlier
+// answer gave, it waits for a newer one, but not longer than wait.
+func (c *client) services(ctx context.Context, index uint64, wait time.Duration) (map[string][]string, meta, error) {
+	var out map[string][]string
+	m, err := c.get(ctx, "list", "/v1/catalog/services", index, wait, &out)
+	if err != nil {
+		return nil, m, fmt.Errorf("list services of consul at %s: %w", c.server, err)
+	}
+	return out, m, nil
+}
+
+// health reads one service's instances with their checks, and waits like services.
+//
+// An agent answers a blocking query about a service from a stream that it keeps itself (use_streaming_backend, the default
+// from 1.10 on). Such an answer tells neither that policies cut it nor whether there is a leader: a narrowed token looks
+// like a service without instances. Sorting by distance keeps the agent from doing so. An answer from a stream that
+// arrives all the same only tells that it is time to ask.
+func (c *client) health(ctx context.Context, name string, index uint64, wait time.Duration) ([]*api.ServiceEntry, meta, error) {
+	var out []*api.ServiceEntry
+	path := "/v1/health/service/" + name
+	m, err := c.get(ctx, "service", path, index, wait, &out)
+	if err == nil && m.streamed {
+		out = nil
+		m, err = c.get(ctx, "service", path, 0, 0, &out)
+	}
+	if err != nil {
+		return nil, m, fmt.Errorf("read service %s of consul at %s: %w", name, c.server, err)
+	}
+	return out, m, nil
+}
+
+// check is what is used of a check in the list of all checks.
+type check struct {
+	Node, CheckID, ServiceID, ServiceName string
+	ModifyIndex                           uint64
+}
+
+// checks lists all checks, and waits like services.
+func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) ([]check, meta, error) {
+	var out []check
+	m, err := c.get(ctx, "checks", "/v1/health/state/any", index, wait, &out)
+	if err != nil {
+		return nil, m, fmt.Errorf("list checks of consul at %s: %w", c.server, err)
+	}
+	return out, m, nil
+}
+
+// get makes one request. Its result counts only if the agent knows a leader and has heard of it recently.
+func (c *client) get(ctx context.Context, operation, path string, index uint64, wait time.Duration, out any) (m meta, err error) {
+	limit := c.timeout
+	query := url.Values{"stale": {""}} // any server may answer; maxContact bounds how stale
+	for k, v := range c.query {
+		query[k] = v
+	}
+	if index > 0 {
+		operation += "-wait"        // so that waiting is not measured as working
+		query.Set("near", "_agent") // not for the order, see health
+		query.Set("index", strconv.FormatUint(index, 10))
+		query.Set("wait", strconv.FormatInt(max(wait.Milliseconds(), 1), 10)+"ms")
+		limit += wait + wait/16 // the agent adds up to a sixteenth
+	}
+	begun := time.Now()
+	defer func() {
+		if c.env.Observe != nil && ctx.Err() == nil {
+			c.env.Observe(operation, time.Since(begun), err)
+		}
+	}()
+	rctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	m, err = c.do(rctx, path, query, out)
+	if err != nil && ctx.Err() == nil && errors.Is(rctx.Err(), context.DeadlineExceeded) {
+		err = fmt.Errorf("no answer within %v", limit.Round(time.Millisecond))
+	}
+	return m, err
+}
+
+func (c *client) do(ctx context.Context, path string, query url.Values, out any) (meta, error) {
+	u := c.base
+	u.Path, u.RawQuery = path, query.Encode()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), http.NoBody)
+	if err != nil {
+		return meta{}, err
+	}
+	token, err := c.token()
+	if err != nil {
+		return meta{}, err
+	}
+	if token != "" {
+		req.Header.Set("X-Consul-Token", token)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		var ue *url.Error
+		if errors.As(err, &ue) { // whose text repeats the URL
+			err = ue.Err
+		}
+		return meta{}, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		text, err := io.ReadAll(io.LimitReader(resp.Body, 300))
+		if err != nil && ctx.Err() != nil {
+			return meta{}, err
+		}
+		return meta{}, &statusError{code: resp.StatusCode, text: clean(string(text), token)}
+	}
+	body := &counter{r: io.LimitReader(resp.Body, maxBody)}
+	if err := json.NewDecoder(body).Decode(out); err != nil {
+		return meta{}, fmt.Errorf("decode the answer: %w", err)
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(body, 64)) // the last line break, so that the connection can be used again
+	m, err := readMeta(resp.Header)
+	m.anonymous = token == "" && resp.Header.Get("X-Consul-Default-Acl-Policy") == "deny"
+	m.http2 = resp.ProtoMajor == 2
+	m.size = body.n
+	return m, err
+}
+
+func (c *client) token() (string, error) {
+	if c.env.Credentials == nil {
+		return "", nil
+	}
+	credentials, err := c.env.Credentials()
+	if err != nil {
+		return "", fmt.Errorf("get the token: %w", err)
+	}
+	return strings.TrimSpace(credentials.First("consulToken", "token").Reveal()), nil
+}
+
+// readMeta reads the headers that every answer of Consul has (developer.hashicorp.com/consul/api-docs/features/blocking
+// and .../consistency).
+func readMeta(h http.Header) (meta, error) {
+	index, err := strconv.ParseUint(h.Get("X-Consul-Index"), 10, 64)
+	if err != nil || index == 0 {
+		return meta{}, fmt.Errorf("%w: it has no X-Consul-Index: is this a Consul agent, and is nothing in between?", errUnproven)
+	}
+	if h.Get("X-Consul-Query-Backend") == "streaming" {
+		return meta{index: index, streamed: true}, nil
+	}
+	if h.Get("X-Consul-Knownleader") != "true" {
+		return meta{}, fmt.Errorf("%w: the cluster has no leader", errUnproven)
+	}
+	contact, err := strconv.ParseUint(h.Get("X-Consul-Lastcontact"), 10, 32)
+	if err != nil {
+		return meta{}, fmt.Errorf("%w: it has no X-Consul-LastContact", errUnproven)
+	}
+	if age := time.Duration(contact) * time.Millisecond; age > maxContact {
+		return meta{}, fmt.Errorf("%w: the server that answered last heard of the leader %v ago", errUnproven, age)
+	}
+	return meta{index: index, filtered: h.Get("X-Consul-Results-Filtered-By-Acls") == "true"}, nil
+}
+
+// clean makes a server's text fit for an error: one line, without the token.
+func clean(text, token string) string {
+	text = strings.Join(strings.Fields(text), " ")
+	if token != "" {
+		text = strings.ReplaceAll(text, token, "***")
+	}
+	return text
+}
+
+// counter counts what is read.
+type counter struct {
+	r io.Reader
+	n int
+}
+
+func (c *counter) Read(p []byte) (int, error) {
+	n, err := c.r.Read(p)
+	c.n += n
+	return n, err
+}

@@ -1,0 +1,458 @@
+package consul
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/regbridge/regbridge/registry"
+	"github.com/regbridge/regbridge/registry/registrytest"
+)
+
+const goodToken = "0a1b2c3d-secret-token-of-the-tests"
+
+// fake speaks the part of Consul's HTTP API that the adapter uses, as an agent 1.15.4 was seen to: an index per service,
+// one of the catalog, which a check's change leaves alone, one of all checks; blocking queries; policies; the limit of
+// connections.
+type fake struct {
+	t *testing.T
+
+	mu       sync.Mutex
+	changed  chan struct{} // closed and replaced at each change
+	index    uint64        // the newest of all
+	catalog  uint64
+	checks   uint64
+	services map[string]*fakeService
+	policies map[string]policy // by token
+	contact  time.Duration     // X-Consul-LastContact
+	leader   bool
+	status   map[string]int // path prefix -> status in place of an answer
+	hanging  bool
+	hangAt   int
+	hung     chan struct{}
+	seen     int
+	bare     bool // no headers of Consul
+	streams  bool // streams even what it cannot
+	queries  []string
+	conns    map[net.Conn]bool
+	most     int // connections at once
+
+	address string
+	tls     *tls.Config
+	server  *httptest.Server
+}
+
+type fakeService struct {
+	index     uint64
+	instances []fakeInstance
+}
+
+type fakeInstance struct {
+	node string
+	tags []string
+	registry.Instance
+	nodeAddress string
+	warning     bool
+	warnWeight  int
+}
+
+// policy is what a token may read.
+type policy struct {
+	services func(name string) bool
+	nodes    bool
+}
+
+var readAll = policy{services: func(string) bool { return true }, nodes: true}
+
+func newFake(t *testing.T) *fake {
+	t.Helper()
+	f := &fake{
+		t: t, changed: make(chan struct{}), leader: true, status: map[string]int{}, conns: map[net.Conn]bool{},
+		policies: map[string]policy{goodToken: readAll},
+	}
+	f.wipe()
+	f.start()
+	t.Cleanup(f.stop)
+	return f
+}
+
+func (f *fake) start() {
+	f.t.Helper()
+	var l net.Listener
+	var err error
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		l, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", cmpOr(f.address, "127.0.0.1:0"))
+		if err == nil || time.Now().After(deadline) {
+			break
+		}
+	}
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.server = &httptest.Server{Listener: l, Config: &http.Server{Handler: f, ConnState: f.connState, ReadHeaderTimeout: time.Minute}} //nolint:exhaustruct // the rest is default
+	if f.tls != nil {
+		f.server.TLS = f.tls.Clone()
+		f.server.EnableHTTP2 = true
+		f.server.StartTLS()
+	} else {
+		f.server.Start()
+	}
+	f.address = l.Addr().String()
+}
+
+func cmpOr(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+func (f *fake) stop() {
+	if f.server == nil {
+		return
+	}
+	f.server.CloseClientConnections()
+	f.server.Config.Close()
+	f.server.Close()
+	f.server = nil
+}
+
+// wipe makes the cluster a new one, in which only the server itself is registered.
+func (f *fake) wipe() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.index, f.services = 10, map[string]*fakeService{}
+	f.catalog, f.checks = f.index, f.index
+	f.services["consul"] = &fakeService{index: f.index, instances: []fakeInstance{{
+		node: "t", nodeAddress: "127.0.0.1", Instance: registry.Instance{Port: 8300, Weight: 1},
+	}}}
+	f.wake()
+}
+
+func (f *fake) wake() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// edit changes settings of the fake.
+func (f *fake) edit(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+func (f *fake) connState(c net.Conn, s http.ConnState) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch s {
+	case http.StateNew:
+		f.conns[c] = true
+		f.most = max(f.most, len(f.conns))
+	case http.StateClosed, http.StateHijacked:
+		delete(f.conns, c)
+	}
+}
+
+// set is Set of the suite.
+func (f *fake) set(name string, instances ...registry.Instance) {
+	list := make([]fakeInstance, len(instances))
+	for i, in := range instances {
+		list[i] = fakeInstance{node: "node-" + in.Address, nodeAddress: in.Address, Instance: in}
+	}
+	f.setInstances(name, list...)
+}
+
+func (f *fake) setInstances(name string, list ...fakeInstance) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	old := f.services[name]
+	if old == nil && len(list) == 0 {
+		return
+	}
+	f.index++
+	// A check that changes leaves the catalog alone.
+	bare := func(l []fakeInstance) string {
+		l = slices.Clone(l)
+		for i := range l {
+			l[i].Unhealthy, l[i].Disabled, l[i].warning = false, false, false
+		}
+		return fmt.Sprint(l)
+	}
+	if old == nil || bare(old.instances) != bare(list) {
+		f.catalog = f.index
+	}
+	f.checks = f.index
+	if len(list) == 0 {
+		delete(f.services, name)
+	} else {
+		f.services[name] = &fakeService{index: f.index, instances: list}
+	}
+	f.wake()
+}
+
+func (f *fake) remove(name string) { f.set(name) }
+
+func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	f.seen++
+	f.queries = append(f.queries, r.URL.Path+"?"+r.URL.RawQuery)
+	hang := f.hanging
+	if f.hung != nil {
+		if f.hangAt--; f.hangAt == 0 {
+			hang = true
+			close(f.hung)
+			f.hung = nil
+		}
+	}
+	crowded := f.tls == nil && len(f.conns) > 200
+	code := 0
+	for prefix, c := range f.status {
+		if strings.HasPrefix(r.URL.Path, prefix) {
+			code = c
+		}
+	}
+	f.mu.Unlock()
+	switch {
+	case hang:
+		<-r.Context().Done()
+	case crowded:
+		w.Header().Set("Connection", "close")
+		http.Error(w, "Your IP is issuing too many concurrent connections, please rate limit your calls", http.StatusTooManyRequests)
+	case code != 0:
+		http.Error(w, "the test says so", code)
+	default:
+		f.answer(w, r)
+	}
+}
+
+func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
+	after, _ := strconv.ParseUint(r.FormValue("index"), 10, 64)
+	wait, _ := time.ParseDuration(r.FormValue("wait"))
+	timeout := time.NewTimer(wait + wait/32)
+	defer timeout.Stop()
+	expired := after == 0
+	for {
+		f.mu.Lock()
+		index, body, filtered, code := f.look(r)
+		if code == 0 && index <= after && !expired {
+			changed := f.changed
+			f.mu.Unlock()
+			select {
+			case <-changed:
+			case <-timeout.C:
+				expired = true
+			case <-r.Context().Done():
+				return
+			}
+			continue
+		}
+		h := w.Header()
+		h.Set("X-Consul-Default-Acl-Policy", "deny")
+		if code == 0 && !f.bare {
+			h.Set("X-Consul-Index", strconv.FormatUint(index, 10))
+			h.Set("X-Consul-Query-Backend", "blocking-query")
+			h.Set("X-Consul-Knownleader", strconv.FormatBool(f.leader))
+			h.Set("X-Consul-Lastcontact", strconv.FormatInt(f.contact.Milliseconds(), 10))
+			if filtered {
+				h.Set("X-Consul-Results-Filtered-By-Acls", "true")
+			}
+			if strings.HasPrefix(r.URL.Path, "/v1/health/service/") && after > 0 && (f.streams || r.FormValue("near") == "") {
+				h.Set("X-Consul-Query-Backend", "streaming")
+				h.Set("X-Consul-Knownleader", "false")
+				h.Del("X-Consul-Results-Filtered-By-Acls")
+			}
+		}
+		f.mu.Unlock()
+		if code != 0 {
+			http.Error(w, body, code)
+			return
+		}
+		_, _ = fmt.Fprintln(w, body)
+		return
+	}
+}
+
+// look gives the present answer to a request.
+func (f *fake) look(r *http.Request) (index uint64, body string, filtered bool, code int) {
+	token := r.Header.Get("X-Consul-Token")
+	p, ok := f.policies[token]
+	if !ok && token != "" {
+		return 0, "ACL not found", false, http.StatusForbidden
+	}
+	if p.services == nil {
+		p.services = func(string) bool { return false }
+	}
+	name, isService := strings.CutPrefix(r.URL.Path, "/v1/health/service/")
+	switch {
+	case r.URL.Path == "/v1/catalog/services":
+		index = f.catalog
+		out := map[string][]string{}
+		for n, s := range f.services {
+			if !p.services(n) {
+				filtered = true
+				continue
+			}
+			out[n] = []string{}
+			for _, i := range s.instances {
+				out[n] = append(out[n], i.tags...)
+			}
+		}
+		body = encode(out)
+	case r.URL.Path == "/v1/health/state/any":
+		index = f.checks
+		out := []map[string]any{}
+		for n, s := range f.services {
+			for _, i := range s.instances {
+				if !p.nodes || !p.services(n) {
+					filtered = true
+					continue
+				}
+				for _, c := range i.checksOf(n) {
+					c["ModifyIndex"] = s.index
+					out = append(out, c)
+				}
+			}
+		}
+		body = encode(out)
+	case isService:
+		s := f.services[name]
+		if s == nil {
+			return max(f.catalog, f.checks), "[]", false, 0
+		}
+		index = s.index
+		out := []any{}
+		for _, i := range s.instances {
+			if !p.services(name) || !p.nodes {
+				filtered = true
+				continue
+			}
+			out = append(out, i.entry(name))
+		}
+		body = encode(out)
+	default:
+		return 0, "no such path", false, http.StatusNotFound
+	}
+	return index, body, filtered && token != "", 0
+}
+
+func encode(v any) string {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+func (i fakeInstance) id(name string) string {
+	return name + "-" + i.Address + "-" + strconv.Itoa(int(i.Port))
+}
+
+func (i fakeInstance) checksOf(name string) []map[string]any {
+	out := []map[string]any{{
+		"Node": i.node, "CheckID": "serfHealth", "Name": "Serf Health Status", "Status": "passing", "ServiceID": "", "ServiceName": "",
+		"Output": "Agent alive and reachable", "ServiceTags": []string{}, "Definition": map[string]any{},
+	}}
+	status := "passing"
+	if i.warning {
+		status = "warning"
+	}
+	if i.Unhealthy {
+		status = "critical"
+	}
+	out = append(out, map[string]any{
+		"Node": i.node, "CheckID": "service:" + i.id(name), "Name": "web", "Status": status, "ServiceID": i.id(name),
+		"ServiceName": name, "Definition": map[string]any{},
+	})
+	if i.Disabled {
+		out = append(out, map[string]any{
+			"Node": i.node, "CheckID": "_service_maintenance:" + i.id(name), "Name": "Service Maintenance Mode", "Status": "critical",
+			"Notes": "work", "ServiceID": i.id(name), "ServiceName": name, "Definition": map[string]any{"Interval": "0s", "Timeout": "0s"},
+		})
+	}
+	return out
+}
+
+func (i fakeInstance) entry(name string) map[string]any {
+	address := i.Address
+	if address == i.nodeAddress && address == "127.0.0.1" {
+		address = ""
+	}
+	return map[string]any{
+		"Node": map[string]any{
+			"ID": "", "Node": i.node, "Address": i.nodeAddress, "Datacenter": "dc1", "TaggedAddresses": nil, "Meta": nil,
+		},
+		"Service": map[string]any{
+			"ID": i.id(name), "Service": name, "Tags": i.tags, "Address": address, "Meta": i.Metadata.Map(), "Port": i.Port,
+			"Weights": map[string]int{"Passing": int(i.Weight), "Warning": i.warnWeight},
+			"Proxy":   map[string]any{"Mode": "", "MeshGateway": map[string]any{}, "Expose": map[string]any{}}, "Connect": map[string]any{},
+		},
+		"Checks": i.checksOf(name),
+	}
+}
+
+// entry is the entry that reads the fake.
+func (f *fake) entry() registry.Entry {
+	return registry.Entry{Type: "consul", Name: "test", Domain: f.address, AuthSecretName: "consul"}
+}
+
+func (f *fake) requests() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.seen
+}
+
+// backend is the fake as the suite wants it.
+func (f *fake) backend() registrytest.Backend {
+	return registrytest.Backend{
+		Entry:       f.entry(),
+		Credentials: registry.Credentials{"consulToken": goodToken},
+		Own:         []string{"consul"},
+		Set:         f.set,
+		Remove:      f.remove,
+		Stop:        f.stop,
+		Restart:     f.start,
+		Wipe: func() {
+			f.stop()
+			f.wipe()
+			f.start()
+		},
+		Refuse: func(on bool) {
+			f.edit(func() {
+				f.policies = map[string]policy{goodToken: readAll}
+				if on {
+					f.policies = map[string]policy{}
+				}
+			})
+		},
+		Hang: func(on bool) { f.edit(func() { f.hanging = on }) },
+		HangAt: func(n int) <-chan struct{} {
+			hung := make(chan struct{})
+			f.edit(func() { f.hangAt, f.hung = n, hung })
+			return hung
+		},
+		Requests: f.requests,
+		EntryAt: func(hostport string) registry.Entry {
+			e := f.entry()
+			e.Domain = hostport
+			return e
+		},
+	}
+}
+
+// names are the services of the fake.
+func (f *fake) names() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Sorted(maps.Keys(f.services))
+}
