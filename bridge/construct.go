@@ -30,10 +30,10 @@ func Construct(types map[string]Constructor, e registry.Entry, env registry.Env)
 	})
 	err = errors.Join(append(common, err)...)
 	fatal := slices.ContainsFunc(registry.FieldErrors(err), func(f *registry.FieldError) bool { return !f.Partial })
-	if fatal || adapter == nil {
-		if err == nil {
-			err = errors.New("the constructor returned neither an adapter nor an error")
-		}
+	if adapter == nil && !fatal {
+		err = errors.Join(err, registry.Fieldf("", "nothing of the entry can be used"))
+	}
+	if adapter == nil || fatal {
 		return nil, err
 	}
 	return adapter, err

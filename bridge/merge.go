@@ -130,7 +130,7 @@ func weigher(endpoints []endpoint) func(float64) uint32 {
 	}
 	factor := 1.0
 	for _, e := range endpoints {
-		for factor < 1000 && math.Abs(e.weight*factor-math.Round(e.weight*factor)) > 1e-9 {
+		for factor < 1000 && !isWhole(e.weight*factor) {
 			factor *= 10
 		}
 	}
@@ -144,6 +144,12 @@ func weigher(endpoints []endpoint) func(float64) uint32 {
 		factor *= maxWeights / sum
 	}
 	return func(w float64) uint32 { return max(1, uint32(math.Round(w*factor))) }
+}
+
+// isWhole reports whether w is a whole number from 1, but for what decimal fractions lose in binary.
+func isWhole(w float64) bool {
+	whole := math.Round(w)
+	return whole >= 1 && math.Abs(w-whole) <= 1e-9*whole
 }
 
 // compareClaims orders claims on one host.

@@ -108,7 +108,9 @@ func (w *world) Run(ctx context.Context, apply func(Config)) error {
 
 func (w *world) start() {
 	w.configs = make(chan Config)
-	w.mesh.open = false
+	w.mesh.mu.Lock()
+	w.mesh.open, w.mesh.next = false, nil
+	w.mesh.mu.Unlock()
 	b, err := New(Options{
 		Types: map[string]Constructor{"script": w.construct}, Source: w, Secrets: w.secrets, Mesh: w.mesh,
 		Renderer: IstioRenderer{w.dialect}, StateDir: w.stateDir, TempDir: w.tempDir,
@@ -242,6 +244,17 @@ func (m *fakeMesh) Apply(changed []xds.Resource, removed []xds.Ref) {
 		}
 		delete(target, r)
 	}
+}
+
+// made returns how many version steps were made since they were last counted anew.
+func (m *fakeMesh) made(anew bool) int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.steps
+	if anew {
+		m.steps = 0
+	}
+	return n
 }
 
 // Open replaces what the client had by what is served now, as a state-of-the-world answer does.
@@ -393,17 +406,17 @@ func (w *world) do(words []string) {
 		}
 	case "quiet": // nothing was sent to the mesh since the last `mark`
 		w.settle()
-		if w.mesh.steps != 0 {
-			w.fatalf("%d version steps were made", w.mesh.steps)
+		if n := w.mesh.made(false); n != 0 {
+			w.fatalf("%d version steps were made", n)
 		}
 	case "steps": // at most so many since the last mark
 		w.settle()
-		if w.mesh.steps > must(strconv.Atoi(args[0])) {
-			w.fatalf("%d version steps were made", w.mesh.steps)
+		if n := w.mesh.made(false); n > must(strconv.Atoi(args[0])) {
+			w.fatalf("%d version steps were made", n)
 		}
 	case "mark":
 		w.settle()
-		w.mesh.steps = 0
+		w.mesh.made(true)
 	case "ready":
 		w.settle()
 		if ready, why := w.bridge.Ready(); ready != (args[0] == "yes") {
@@ -483,8 +496,12 @@ func (w *world) do(words []string) {
 	case "state":
 		w.state(args[0], args[1:])
 	case "runs":
-		if s := w.registries[args[0]]; strconv.Itoa(s.runs) != args[1] {
-			w.fatalf("%d runs", s.runs)
+		s := w.registries[args[0]]
+		s.mu.Lock()
+		n := s.runs
+		s.mu.Unlock()
+		if strconv.Itoa(n) != args[1] {
+			w.fatalf("%d runs", n)
 		}
 	case "credentials":
 		s := w.registries[args[0]]
@@ -573,16 +590,16 @@ func (w *world) say(name string, args []string) {
 		w.fatalf("registry %s does not run", name)
 	}
 	s.mu.Lock()
-	sink := s.sink
+	sink, older := s.sink, s.older
 	s.mu.Unlock()
 	if args[0] != "end" && sink == nil {
 		w.fatalf("registry %s does not run", name)
 	}
 	if args[0] == "old" {
-		if args = args[1:]; s.older == nil {
+		if args = args[1:]; older == nil {
 			w.fatalf("registry %s had one Run only", name)
 		}
-		sink = s.older
+		sink = older
 	}
 	switch args[0] {
 	case "put":
@@ -707,7 +724,10 @@ func (w *world) expect(host string, want []string) {
 func (w *world) tls(host, sni string) {
 	w.settle()
 	var got []string
-	for ref, r := range w.mesh.resources {
+	w.mesh.mu.Lock()
+	resources := maps.Clone(w.mesh.resources)
+	w.mesh.mu.Unlock()
+	for ref, r := range resources {
 		if ref.Type != istio.DestinationRuleKind {
 			continue
 		}

@@ -110,14 +110,26 @@ func (s *snapshots) write(r *registryState) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.mu.Lock()
-	// What was never read completely is no state to restore. Nor is what a new source is about to replace: until then the
-	// file keeps the old source's.
-	worth := (r.loaded || r.restored) && !r.replaced && !r.removed
-	if !worth || r.version == s.saved[r.key] {
+	if !r.storable() || r.version == s.saved[r.key] {
 		r.mu.Unlock()
 		return nil
 	}
-	version, header := r.version, r.header()
+	version := r.version
+	header, services := r.snapshot()
+	r.mu.Unlock()
+	if err := writeAtomically(s.path(r.key), func(w io.Writer) error { return encodeSnapshot(w, header, services) }); err != nil {
+		return fmt.Errorf("write the snapshot of registry %s: %w", r.key, err)
+	}
+	s.saved[r.key] = version
+	return nil
+}
+
+// storable reports whether the state is one to restore: what was never read completely is not. Nor is what a new source
+// is about to replace: until then the file keeps the old source's.
+func (r *registryState) storable() bool { return (r.loaded || r.restored) && !r.replaced && !r.removed }
+
+// snapshot returns what a snapshot keeps, by id. It stays valid when the state changes.
+func (r *registryState) snapshot() (snapshotHeader, []serviceState) {
 	services := make([]serviceState, 0, len(r.services))
 	for _, id := range slices.Sorted(maps.Keys(r.services)) {
 		st := *r.services[id] // facts are values; only what is held has to be copied
@@ -126,17 +138,9 @@ func (s *snapshots) write(r *registryState) error {
 			services = append(services, st)
 		}
 	}
-	r.mu.Unlock()
-	header.Services = len(services)
-	if err := writeAtomically(s.path(r.key), func(w io.Writer) error { return encodeSnapshot(w, header, services) }); err != nil {
-		return fmt.Errorf("write the snapshot of registry %s: %w", r.key, err)
-	}
-	s.saved[r.key] = version
-	return nil
-}
-
-func (r *registryState) header() snapshotHeader {
-	return snapshotHeader{Key: r.key, Source: r.source, LastSync: r.lastSync, GapStart: r.gap.start, GapEnd: r.gap.end}
+	return snapshotHeader{
+		Key: r.key, Source: r.source, LastSync: r.lastSync, GapStart: r.gap.start, GapEnd: r.gap.end, Services: len(services),
+	}, services
 }
 
 func writeAtomically(path string, content func(io.Writer) error) (err error) {

@@ -179,9 +179,6 @@ func (r *registryState) replace(id string, s *serviceState, facts registry.Servi
 // rethink assembles a service again because what is held of it changed, which has a say in its port and protocol. prev is
 // the port and protocol that it had before.
 func (r *registryState) rethink(id string, s *serviceState, prev remembered, now time.Time) {
-	if !s.known {
-		return
-	}
 	before := s.live
 	s.had = prev
 	r.assembleService(s)
@@ -357,21 +354,25 @@ func (r *registryState) steady(added map[string]int, lost []loss, now time.Time)
 		return
 	}
 	until := now.Add(r.policy.guard.hold)
+	before := map[string]remembered{}   // what services had that hold now, before the first of these losses
 	for _, e := range r.window.events { // also what was believed a moment ago, before the loss was seen to be a mass loss
 		s := r.services[e.id]
 		if s == nil || s.old || len(e.lost) == 0 {
 			continue
 		}
-		still, before := listed(s.facts), len(s.held)
+		still, n := listed(s.facts), len(s.held)
 		for _, l := range e.lost {
 			if !still[l.key()] {
 				r.hold(l, HoldMass, until, now)
 			}
 		}
-		if len(s.held) > before {
-			r.rethink(e.id, s, e.lost[0].had, now)
+		if _, ok := before[e.id]; !ok && len(s.held) > n {
+			before[e.id] = e.lost[0].had
 		}
-		r.settleOut(e.id, s, now)
+	}
+	for _, id := range slices.Sorted(maps.Keys(before)) {
+		r.rethink(id, r.services[id], before[id], now)
+		r.settleOut(id, r.services[id], now)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/regbridge/regbridge/bridge"
 	"github.com/regbridge/regbridge/labels"
+	"github.com/regbridge/regbridge/mcp"
 	"github.com/regbridge/regbridge/mcp/istio"
 	"github.com/regbridge/regbridge/mcp/xds"
 	"github.com/regbridge/regbridge/registry"
@@ -90,6 +91,11 @@ func entries(names ...string) bridge.Config {
 // newWorld starts a bridge. Tests call it in a bubble of synctest, or wait for what they need.
 func newWorld(t *testing.T, c bridge.Config, change ...func(*Options)) *world {
 	t.Helper()
+	return newWorldOf(t, bridge.IstioRenderer{Dialect: istio.Stock}, c, change...)
+}
+
+func newWorldOf(t *testing.T, renderer bridge.Renderer, c bridge.Config, change ...func(*Options)) *world {
+	t.Helper()
 	told := make(chan sinkOf, len(c.Registries))
 	types := map[string]bridge.Constructor{}
 	for _, typ := range []string{"consul", "dns", "static"} {
@@ -102,7 +108,7 @@ func newWorld(t *testing.T, c bridge.Config, change ...func(*Options)) *world {
 	w := &world{t: t, sinks: map[string]registry.Sink{}}
 	w.cache = xds.NewCache(xds.Options{Published: istio.Published(), Logger: log, Registerer: metrics})
 	b, err := bridge.New(bridge.Options{
-		Types: types, Source: given{c}, Secrets: secrets{}, Mesh: w.cache, Renderer: bridge.IstioRenderer{Dialect: istio.Stock},
+		Types: types, Source: given{c}, Secrets: secrets{}, Mesh: w.cache, Renderer: renderer,
 		TempDir: t.TempDir(), FirstAnswerDeadline: time.Minute, Logger: log, Registerer: metrics,
 	})
 	if err != nil {
@@ -424,6 +430,44 @@ func TestPages(t *testing.T) {
 		want(t, w.do(http.MethodPost, "/debug/configz"), http.StatusMethodNotAllowed, "")
 		if got := w.get("/metrics"); !strings.Contains(got, `regbridge_registry_state{registry="default/main/dns/shop",state="failing",type="dns"} 1`) {
 			t.Errorf("metrics: %s", got)
+		}
+	})
+}
+
+// picky is a reader that refuses one host.
+type picky struct{ bridge.IstioRenderer }
+
+// Render implements bridge.Renderer.
+func (p picky) Render(s mcp.Service) ([]xds.Resource, error) {
+	if s.Host == "bad.consul" {
+		return nil, errors.New("no taste for " + s.Host)
+	}
+	return p.IstioRenderer.Render(s)
+}
+
+// A service that the mesh would refuse is named with the reason, and is not among those that are published.
+func TestQuarantined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorldOf(t, picky{bridge.IstioRenderer{Dialect: istio.Stock}}, entries("consul/main"))
+		consul := w.sinks["consul/main"]
+		for _, id := range []string{"bad", "good"} {
+			consul.Put(registry.Service{ID: id, Host: id + ".consul", Instances: []registry.Instance{instance("10.0.0.1", 80)}})
+		}
+		consul.Synced([]string{"bad", "good"})
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if page := w.get("/"); !strings.Contains(page, "<code>bad</code>: ") || !strings.Contains(page, "quarantined") {
+			t.Errorf("the page does not name the service: %s", page)
+		}
+		var status []bridge.Status
+		w.decode("/debug/registries", &status)
+		if status[0].LeftOut[bridge.ReasonQuarantined] != 1 || !strings.Contains(status[0].LeftOutInstances[0].Detail, "no taste for bad.consul") {
+			t.Errorf("got %+v", status[0])
+		}
+		for _, path := range []string{"/debug/registryz", "/debug/endpointShardz", "/debug/configz"} {
+			if text := w.get(path); strings.Contains(text, "bad.consul") || !strings.Contains(text, "good.consul") {
+				t.Errorf("%s: %s", path, text)
+			}
 		}
 	})
 }

@@ -17,7 +17,7 @@ var pageFile embed.FS
 var pageTemplate = template.Must(template.New("page.html").Funcs(template.FuncMap{"age": age, "problem": problemText}).
 	ParseFS(pageFile, "page.html"))
 
-// maxProblems bounds the findings that the page shows; all are at /debug/problems.
+// maxProblems bounds the findings of a kind that the page shows; all are at /debug/problems and /debug/registries.
 const maxProblems = 20
 
 // index is the page for people.
@@ -31,7 +31,7 @@ func (a *Admin) index(w http.ResponseWriter, pages []page) {
 		Services    int
 		Endpoints   int
 		Held        int
-		Quarantined []bridge.PublishedService
+		Quarantined []bridge.LeftOut
 		Clients     int
 		ConfigError string
 		Problems    []bridge.Problem
@@ -44,12 +44,14 @@ func (a *Admin) index(w http.ResponseWriter, pages []page) {
 	for _, s := range a.opts.Bridge.Services() {
 		data.Services++
 		data.Endpoints += len(s.Endpoints)
-		if s.Quarantined != nil {
-			data.Quarantined = append(data.Quarantined, s)
-		}
 	}
 	for _, r := range data.Registries {
 		data.Held += r.Held
+		for _, l := range r.LeftOutInstances {
+			if l.Reason == bridge.ReasonQuarantined && len(data.Quarantined) < maxProblems {
+				data.Quarantined = append(data.Quarantined, l)
+			}
+		}
 	}
 	problems, err := a.opts.Bridge.Problems()
 	if err != nil {

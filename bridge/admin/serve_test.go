@@ -59,7 +59,7 @@ func TestServe(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close() //nolint:errcheck // of no interest
+		defer c.Close()
 		if _, err := c.Write([]byte(request)); err != nil {
 			t.Fatal(err)
 		}
@@ -114,7 +114,7 @@ func TestClients(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close() //nolint:errcheck // of no interest
+	defer conn.Close()
 	stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(ctx)
 	if err != nil {
 		t.Fatal(err)

@@ -26,7 +26,7 @@ type adminFlags struct {
 
 func (f *adminFlags) add(flags *pflag.FlagSet) {
 	flags.StringVar(&f.address, "admin-address", defaultAdminAddress, "`host:port` of the admin pages of a running regbridge")
-	flags.DurationVar(&f.timeout, "timeout", 30*time.Second, "how long the whole answer may take")
+	flags.DurationVar(&f.timeout, "timeout", 2*time.Minute, "how long the whole answer may take")
 }
 
 // debugPages are the pages that the debug command prints, by its argument.
@@ -136,7 +136,7 @@ func (f *adminFlags) call(ctx context.Context, method, path string, query url.Va
 	if err != nil {
 		return fmt.Errorf("reach the admin pages at %s (is regbridge running, and is that its --admin-address?): %w", address, err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4<<10)) // what there is
 		return fmt.Errorf("%s answered %s: %s", address, resp.Status, strings.TrimSpace(string(text)))

@@ -94,8 +94,6 @@ type foundService struct {
 	// Registry is the first one that contributes, as type/name.
 	Registry  string          `json:"registry"`
 	Endpoints []foundEndpoint `json:"endpoints"`
-	// Refused is why the mesh would refuse the service: it is not published then.
-	Refused string `json:"refused,omitempty"`
 }
 
 type foundEndpoint struct {
@@ -235,9 +233,6 @@ func describe(s bridge.PublishedService, r bridge.IstioRenderer) foundService {
 	if host := r.Dialect.Host(s.Host); host != s.Host {
 		out.MeshHost = host
 	}
-	if s.Quarantined != nil {
-		out.Refused = s.Quarantined.Error()
-	}
 	for _, e := range s.Endpoints {
 		out.Endpoints = append(out.Endpoints, foundEndpoint{
 			Address: e.Address, Port: cmp.Or(e.Port, s.Port), Weight: max(1, e.Weight), Locality: e.Locality, Labels: e.Labels.Map(),
@@ -352,9 +347,6 @@ func printTables(out io.Writer, f found) error {
 }
 
 func endpointsText(s foundService) string {
-	if s.Refused != "" {
-		return "refused: " + oneLine(s.Refused)
-	}
 	if len(s.Endpoints) == 0 {
 		return "none"
 	}

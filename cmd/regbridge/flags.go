@@ -2,9 +2,7 @@ package main
 
 import (
 	"fmt"
-	"maps"
 	"net/netip"
-	"slices"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -79,11 +77,6 @@ func types() map[string]bridge.Constructor {
 		out[name] = construct
 	}
 	return out
-}
-
-// unknownType is the error for an entry whose type is not in the table.
-func unknownType(name string, known map[string]bridge.Constructor) error {
-	return registry.Fieldf("type", "unknown registry type %q: known are %q", name, slices.Sorted(maps.Keys(known)))
 }
 
 // completeFiles completes the names of configuration files.

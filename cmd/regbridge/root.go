@@ -51,8 +51,7 @@ REGBRIDGE_XDS_ADDRESS. A flag goes before the environment.`,
 	root.AddCommand(serve, newValidate(), newDiscover(), newDebug(), newRelease(), newVersion())
 	root.SetUsageTemplate(usageTemplate)
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		var invalid *pflag.InvalidValueError
-		if errors.As(err, &invalid) {
+		if _, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 			return err
 		}
 		return usageError{err, cmd.CommandPath()}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,8 +17,14 @@ import (
 	"testing"
 	"time"
 
+	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	grpcstatus "google.golang.org/grpc/status"
 )
 
 // patience bounds every wait; a busy machine may need long.
@@ -50,15 +57,17 @@ func TestMain(m *testing.M) {
 //	await URL TEXT                  wait until a page answers 200 with the text in it
 //	awaitlog TEXT                   wait until the log has the text
 //	status STATUS ARGS...           run a command that must end with this status
+//	subscribe TYPE COUNT            be an xDS client: the first answer must have COUNT resources; the stream stays open
+//	ended                           wait until the server has ended the stream
 //	busy NAME                       sets NAME to an address that is in use
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"start": start, "stop": stop, "request": request, "await": await, "awaitlog": awaitLog, "busy": busy, "status": status,
+			"start": start, "stop": stop, "request": request, "await": await, "awaitlog": awaitLog, "busy": busy, "status": status, "subscribe": subscribe, "ended": ended,
 		},
 		Setup: func(e *testscript.Env) error {
-			e.Values[daemonKey{}] = &running{}
+			e.Values[daemonKey{}], e.Values[clientKey{}] = &running{}, &client{}
 			return nil
 		},
 		RequireExplicitExec: true,
@@ -67,6 +76,8 @@ func TestScripts(t *testing.T) {
 }
 
 type daemonKey struct{}
+
+type clientKey struct{}
 
 // running is the daemon of a script.
 type running struct {
@@ -92,11 +103,11 @@ func start(ts *testscript.TestScript, _ bool, args []string) {
 	}
 	log, err := os.Create(ts.MkAbs("log"))
 	ts.Check(err)
-	defer log.Close() //nolint:errcheck // the process has its own handle
+	defer log.Close()
 	out, err := os.Create(ts.MkAbs("out"))
 	ts.Check(err)
-	defer out.Close()                          //nolint:errcheck // as above
-	r.cmd = exec.Command(program(ts), args...) //nolint:gosec,noctx // our own program; Defer ends it
+	defer out.Close()
+	r.cmd = exec.Command(program(ts), args...)
 	r.cmd.Dir, r.cmd.Env, r.cmd.Stdout, r.cmd.Stderr = ts.MkAbs("."), env, out, log
 	ts.Check(r.cmd.Start())
 	r.done = make(chan struct{})
@@ -196,7 +207,7 @@ func call(method, url string) (int, string, error) {
 	if err != nil {
 		return 0, "", err
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close()
 	var body bytes.Buffer
 	_, err = io.Copy(&body, resp.Body)
 	return resp.StatusCode, body.String(), err
@@ -243,5 +254,34 @@ func status(ts *testscript.TestScript, _ bool, args []string) {
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || fmt.Sprint(exit.ExitCode()) != args[0] {
 		ts.Fatalf("%v: %v, want status %s", args[1:], err, args[0])
+	}
+}
+
+// client is the xDS client of a script.
+type client struct {
+	stream discovery.AggregatedDiscoveryService_StreamAggregatedResourcesClient
+}
+
+func subscribe(ts *testscript.TestScript, _ bool, args []string) {
+	conn, err := grpc.NewClient(ts.Getenv("XDS"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ts.Check(err)
+	ts.Defer(func() { _ = conn.Close() })
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ts.Defer(cancel)
+	stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(ctx)
+	ts.Check(err)
+	ts.Check(stream.Send(&discovery.DiscoveryRequest{TypeUrl: args[0], Node: &core.Node{Id: "script"}}))
+	answer, err := stream.Recv()
+	ts.Check(err)
+	if got := fmt.Sprint(len(answer.Resources)); got != args[1] {
+		ts.Fatalf("the first answer has %s resources, want %s", got, args[1])
+	}
+	ts.Value(clientKey{}).(*client).stream = stream
+}
+
+func ended(ts *testscript.TestScript, _ bool, _ []string) {
+	_, err := ts.Value(clientKey{}).(*client).stream.Recv()
+	if got := grpcstatus.Code(err); got != codes.Unavailable {
+		ts.Fatalf("the stream ended with %v, want Unavailable, which makes clients connect again", err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -78,20 +77,12 @@ func problemLine(p bridge.Problem) string {
 
 // check runs the constructor of an entry, which opens nothing.
 func check(rc bridge.RegistryConfig) error {
-	known := types()
-	construct := known[rc.Entry.Type]
-	if construct == nil {
-		return unknownType(rc.Entry.Type, known)
-	}
-	adapter, err := construct(rc.Entry, registry.Env{
+	_, err := bridge.Construct(types(), rc.Entry, registry.Env{
 		Credentials: func() (registry.Credentials, error) { return registry.Credentials{}, nil },
 		ClientTLS:   func() (*tls.Config, error) { return nil, nil }, //nolint:nilnil // plain text
 		Logger:      slog.New(slog.DiscardHandler),
 		Observe:     func(string, time.Duration, error) {},
 		Budgets:     &registry.Budgets{},
 	})
-	if err != nil && adapter == nil && !slices.ContainsFunc(registry.FieldErrors(err), func(f *registry.FieldError) bool { return !f.Partial }) {
-		return errors.Join(err, registry.Fieldf("", "nothing of the entry can be used"))
-	}
 	return err
 }

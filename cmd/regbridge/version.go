@@ -10,7 +10,7 @@ import (
 )
 
 // version is the release, if the program was built as one; the linker sets it.
-var version string //nolint:gochecknoglobals // see above
+var version string
 
 func newVersion() *cobra.Command {
 	return &cobra.Command{

@@ -399,6 +399,25 @@ func TestSlowClientHoldsUpNobody(t *testing.T) {
 	}
 }
 
+// istiod does not reply to every type. What holds no bytes does not count.
+func TestSilenceOnAnEmptyAnswerIsNotSlow(t *testing.T) {
+	for _, protocol := range []string{protocolSotw, protocolDelta} {
+		cache := newTestCache(t, Options{MaxStale: 1000})
+		cache.Open()
+		c := newClient(t, dial(t, serve(t, cache)), protocol)
+		c.subscribe("core/v1alpha1/MeshConfig")
+		c.expect("core/v1alpha1/MeshConfig")
+		c.subscribe(seV1)
+		c.ack(c.expect(seV1))
+		for i := range 100 {
+			content := fmt.Sprint(i, strings.Repeat("x", 100))
+			cache.Apply([]Resource{se("a", content)}, nil)
+			c.ack(c.expect(seV1, content))
+			c.quiet()
+		}
+	}
+}
+
 func TestRunDoesNotWaitForAStuckClient(t *testing.T) {
 	big := strings.Repeat("x", 1_000_000)
 	cache := openCache(t, se("a", big), Resource{Type: cds, Name: "c", Body: body(big)})

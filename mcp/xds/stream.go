@@ -332,7 +332,7 @@ func (s sotwStream) Recv() (*discovery.DiscoveryRequest, error) {
 	}
 }
 
-func (s sotwStream) Send(*discovery.DiscoveryResponse) error { return s.send(s.Stream.SendMsg) }
+func (s sotwStream) Send(*discovery.DiscoveryResponse) error { return s.send(s.SendMsg) }
 
 // deltaStream is the same for delta.
 type deltaStream struct {
@@ -354,7 +354,7 @@ func (s deltaStream) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 }
 
 func (s deltaStream) Send(*discovery.DeltaDiscoveryResponse) error {
-	return s.send(s.DeltaStream.SendMsg)
+	return s.send(s.SendMsg)
 }
 
 func (s *stream) send(sendMsg func(any) error) error {

@@ -69,7 +69,9 @@ func TestConvert(t *testing.T) {
 	checks := func(list ...*api.HealthCheck) func(*api.ServiceEntry) {
 		return func(e *api.ServiceEntry) { e.Checks = list }
 	}
-	web := func(status string) *api.HealthCheck { return &api.HealthCheck{CheckID: "w", Name: "web", Status: status, Output: "noise"} }
+	web := func(status string) *api.HealthCheck {
+		return &api.HealthCheck{CheckID: "w", Name: "web", Status: status, Output: "noise"}
+	}
 	base := registry.Instance{Address: "10.0.0.1", Port: 80, Weight: 5}
 	with := func(edit func(*registry.Instance)) []registry.Instance {
 		i := base

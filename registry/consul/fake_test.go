@@ -1,11 +1,11 @@
 package consul
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -42,11 +42,13 @@ type fake struct {
 	hangAt   int
 	hung     chan struct{}
 	seen     int
+	waiting  int  // blocking queries
 	bare     bool // no headers of Consul
 	streams  bool // streams even what it cannot
 	queries  []string
-	conns    map[net.Conn]bool
-	most     int // connections at once
+	conns    map[net.Conn]bool // whether the connection was one too many
+	most     int               // connections at once
+	allowed  int               // connections at once before requests are refused
 
 	address string
 	tls     *tls.Config
@@ -78,7 +80,7 @@ var readAll = policy{services: func(string) bool { return true }, nodes: true}
 func newFake(t *testing.T) *fake {
 	t.Helper()
 	f := &fake{
-		t: t, changed: make(chan struct{}), leader: true, status: map[string]int{}, conns: map[net.Conn]bool{},
+		t: t, changed: make(chan struct{}), leader: true, allowed: 200, status: map[string]int{}, conns: map[net.Conn]bool{},
 		policies: map[string]policy{goodToken: readAll},
 	}
 	f.wipe()
@@ -92,7 +94,7 @@ func (f *fake) start() {
 	var l net.Listener
 	var err error
 	for deadline := time.Now().Add(5 * time.Second); ; {
-		l, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", cmpOr(f.address, "127.0.0.1:0"))
+		l, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", cmp.Or(f.address, "127.0.0.1:0"))
 		if err == nil || time.Now().After(deadline) {
 			break
 		}
@@ -100,7 +102,8 @@ func (f *fake) start() {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	f.server = &httptest.Server{Listener: l, Config: &http.Server{Handler: f, ConnState: f.connState, ReadHeaderTimeout: time.Minute}} //nolint:exhaustruct // the rest is default
+	f.server = &httptest.Server{Listener: l, Config: &http.Server{Handler: f, ConnState: f.connState, ReadHeaderTimeout: time.Minute}}
+	f.server.Config.ConnContext = func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) }
 	if f.tls != nil {
 		f.server.TLS = f.tls.Clone()
 		f.server.EnableHTTP2 = true
@@ -111,12 +114,7 @@ func (f *fake) start() {
 	f.address = l.Addr().String()
 }
 
-func cmpOr(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
-}
+type connKey struct{}
 
 func (f *fake) stop() {
 	if f.server == nil {
@@ -157,7 +155,7 @@ func (f *fake) connState(c net.Conn, s http.ConnState) {
 	defer f.mu.Unlock()
 	switch s {
 	case http.StateNew:
-		f.conns[c] = true
+		f.conns[c] = f.tls == nil && len(f.conns) >= f.allowed
 		f.most = max(f.most, len(f.conns))
 	case http.StateClosed, http.StateHijacked:
 		delete(f.conns, c)
@@ -215,7 +213,8 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			f.hung = nil
 		}
 	}
-	crowded := f.tls == nil && len(f.conns) > 200
+	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	crowded := f.conns[conn]
 	code := 0
 	for prefix, c := range f.status {
 		if strings.HasPrefix(r.URL.Path, prefix) {
@@ -247,12 +246,16 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 		index, body, filtered, code := f.look(r)
 		if code == 0 && index <= after && !expired {
 			changed := f.changed
+			f.waiting++
 			f.mu.Unlock()
 			select {
 			case <-changed:
 			case <-timeout.C:
 				expired = true
 			case <-r.Context().Done():
+			}
+			f.edit(func() { f.waiting-- })
+			if r.Context().Err() != nil {
 				return
 			}
 			continue
@@ -448,11 +451,4 @@ func (f *fake) backend() registrytest.Backend {
 			return e
 		},
 	}
-}
-
-// names are the services of the fake.
-func (f *fake) names() []string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return slices.Sorted(maps.Keys(f.services))
 }

@@ -227,13 +227,18 @@ func (s *session) list(ctx context.Context) {
 	backoff := registry.Backoff{Max: min(s.interval, maxBackoff)}
 	failures := 0
 	for ctx.Err() == nil {
-		names, m, err := s.listOnce(ctx, index)
+		ask := index
+		if failures > 0 {
+			ask = 0 // waiting for a change would only prolong the gap
+		}
+		names, m, err := s.listOnce(ctx, ask)
 		if ctx.Err() != nil {
 			return
 		}
 		if err != nil {
 			failures++
-			s.do(ctx, func() { s.listFailed(err, failures) })
+			inARow := failures
+			s.do(ctx, func() { s.listFailed(err, inARow) })
 			_ = registry.Sleep(ctx, backoff.Next())
 			continue
 		}
@@ -255,7 +260,7 @@ func (s *session) listOnce(ctx context.Context, index uint64) (map[string][]stri
 	}
 	defer budget.Release(1)
 	names, m, err := s.client.services(ctx, index, s.wait())
-	if err == nil && index == 0 { // nothing blocks before the first answer, so nobody reads the field now
+	if err == nil && s.watches == nil { // nobody else looks at the field before the first answer
 		s.watches = s.budget("watches", s.client.server, watches)
 		if m.http2 {
 			s.watches = s.budget("watches over HTTP/2", s.client.server, watchesHTTP2)
@@ -280,6 +285,31 @@ func (s *session) listFailed(err error, failures int) {
 		return
 	}
 	s.sink.Fail(err)
+	if tooMany(err) {
+		s.yield()
+	}
+}
+
+// tooMany reports whether the agent refused to answer since there are too many connections or requests.
+func tooMany(err error) bool {
+	var status *statusError
+	return errors.As(err, &status) && status.code == http.StatusTooManyRequests
+}
+
+// yield gives half of the blocking queries up, those about the quietest services, and begins no new ones for a while.
+func (s *session) yield() {
+	var list []*service
+	for _, sv := range s.services {
+		if sv.watch != nil {
+			list = append(list, sv)
+		}
+	}
+	slices.SortFunc(list, func(a, b *service) int { return a.changed.Compare(b.changed) })
+	for _, sv := range list[:(len(list)+1)/2] {
+		s.unwatch(sv)
+		s.enqueue(&s.sweep, sv)
+	}
+	s.crowded = time.Now().Add(s.relax.Next())
 }
 
 // listed takes an answer to "which services are there", asked for with the index before.
@@ -520,6 +550,9 @@ func (s *session) answered(sv *service, a answer) {
 		s.sink.Fail(a.err, sv.name)
 		s.settle(sv)
 		sv.retryAt = time.Now().Add(sv.backoff.Next())
+		if tooMany(a.err) {
+			s.yield()
+		}
 		return
 	}
 	sv.backoff.Reset()
@@ -627,10 +660,9 @@ func (s *session) follow(ctx context.Context, sv *service, w *watch, index uint6
 		ended := a.err != nil
 		pause := min(pauseAfter(minPause, a.size), s.interval)
 		s.do(ctx, func() {
-			var status *statusError
 			switch {
 			case sv.watch != w:
-			case errors.As(a.err, &status) && status.code == http.StatusTooManyRequests:
+			case tooMany(a.err):
 				// Nothing is missed: the service is read at once, and then like those for which there is no connection.
 				s.unwatch(sv)
 				s.crowded = time.Now().Add(s.relax.Next())

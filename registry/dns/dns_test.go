@@ -763,8 +763,13 @@ func TestCancelWhileServersHang(t *testing.T) {
 			conf.timeout = time.Hour
 			r.config = func() (config, error) { return conf, nil }
 			rec := start(t, r) // the end of the test cancels, and checks that Run returns at once
-			for tcp := false; tcp != (name == "by TCP"); {
-				tcp = <-arrived
+			for hangs := false; !hangs; {
+				select {
+				case tcp := <-arrived:
+					hangs = tcp == (name == "by TCP")
+				case <-time.After(soon):
+					t.Fatal("no question hangs")
+				}
 			}
 			neverSynced(t, rec)
 		})

@@ -17,6 +17,8 @@ type IstiodOptions struct {
 	// Sources are the MCP-over-xDS servers to read from. They must listen already: istiod ends at once otherwise, and is
 	// not ready before each has answered every type.
 	Sources []MCPSource
+	// Mesh is the whole mesh configuration, in place of Sources and AutoMTLS.
+	Mesh string
 	// AutoMTLS leaves automatic mutual TLS on, as Istio's default is. Then Envoy waits for certificates, which this
 	// istiod does not issue, for each cluster without a DestinationRule that says otherwise.
 	AutoMTLS bool
@@ -53,6 +55,9 @@ func StartIstiod(tb testing.TB, o IstiodOptions) *Istiod {
 		mesh, err := render(servers.Istiod, "mesh.yaml.tmpl", p.dir, o)
 		if err != nil {
 			return command{}, err
+		}
+		if o.Mesh != "" {
+			write(tb, mesh, o.Mesh)
 		}
 		ports, err := freePorts(tb.Context(), 3)
 		if err != nil {
