@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -334,10 +333,11 @@ func (b *Bridge) report(c Config) {
 	}
 }
 
-// privateDir makes the folder of one adapter.
+// privateDir makes the folder of one adapter. An edited entry's new adapter gets a new one, since the old one may still be
+// at work in its own.
 func (b *Bridge) privateDir(key Key) (string, error) {
-	dir := filepath.Join(b.opts.TempDir, snapshotName(key))
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	dir, err := os.MkdirTemp(b.opts.TempDir, snapshotName(key)+"-")
+	if err != nil {
 		return "", fmt.Errorf("make the private folder of registry %s: %w", key, err)
 	}
 	return dir, nil

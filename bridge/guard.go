@@ -85,6 +85,7 @@ type loss struct {
 // lossWindow adds up what a registry lost, net of additions per service, during lossPeriod.
 type lossWindow struct {
 	events   []lossEvent // oldest first
+	held     int         // so many of the first events have been held as a mass loss
 	services map[string]*lossCount
 	net      int // endpoints lost: the sum over services
 	restored int // losses among events that only a snapshot knew
@@ -140,7 +141,14 @@ func (w *lossWindow) prune(now time.Time) {
 		w.count(e.id, e.added, e.lost, -1)
 	}
 	clear(w.events[:n])
-	w.events = w.events[n:]
+	w.events, w.held = w.events[n:], max(0, w.held-n)
+}
+
+// unheld returns the events that it did not return before.
+func (w *lossWindow) unheld() []lossEvent {
+	events := w.events[w.held:]
+	w.held = len(w.events)
+	return events
 }
 
 // mass reports whether the losses are a mass loss, given the number of endpoints that are still there.

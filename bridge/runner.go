@@ -74,16 +74,20 @@ func (run *runner) refuse(rc RegistryConfig) {
 // prepare validates an entry and makes it the one that runs. On an error nothing has changed.
 func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	b := run.bridge
-	dir, err := b.privateDir(rc.Key)
-	if err != nil {
-		return err
+	before, after := run.config.Entry.Fingerprint(), rc.Entry.Fingerprint()
+	again := !run.running || before != after
+	dir := "" // the adapter that is made only for its problems needs none
+	if again {
+		var err error
+		if dir, err = b.privateDir(rc.Key); err != nil {
+			return err
+		}
 	}
 	adapter, warnings, err := split(Construct(b.opts.Types, rc.Entry, run.env(rc, dir)))
 	if err != nil {
+		run.removeDir(dir)
 		return err
 	}
-	before, after := run.config.Entry.Fingerprint(), rc.Entry.Fingerprint()
-	again := !run.running || before != after
 	if again {
 		run.stop() // its sink is deaf from now on; its services stay until the new Run replaces them
 	}
@@ -93,7 +97,7 @@ func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	b.store.update(run.state, func(now time.Time) {
 		run.state.read(after.Source)
 		if run.running && before.Source == after.Source && before.Identity != after.Identity {
-			run.state.beginGap(now) // as somebody else we may be shown something else
+			run.state.reconnect(now)
 		}
 		run.state.reassemble(policyOf(rc.Entry), now)
 	})
@@ -104,10 +108,21 @@ func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	rctx, cancel := context.WithCancel(ctx)
 	run.cancel, run.running = cancel, true
 	b.runs.start(run.key, func() {
+		defer run.removeDir(dir)
 		defer cancel()
 		run.supervise(rctx, adapter, rc)
 	})
 	return nil
+}
+
+// removeDir deletes the private folder of an adapter that has ended.
+func (run *runner) removeDir(dir string) {
+	if dir == "" {
+		return
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		run.log.Error("delete the private folder of an adapter", "error", err)
+	}
 }
 
 // split tells a constructor's warnings about parts of an entry from an error that makes it unusable.
@@ -282,7 +297,7 @@ func (run *runner) recheck() {
 		if run.restart != nil {
 			run.restart() // first, since the Run that ends could end the gap
 		}
-		run.bridge.store.update(run.state, run.state.beginGap)
+		run.bridge.store.update(run.state, run.state.reconnect)
 	}
 	select {
 	case run.wake <- struct{}{}:
@@ -301,7 +316,7 @@ func (run *runner) identify(rc RegistryConfig) (string, error) {
 			if file == "" {
 				continue
 			}
-			content, err := os.ReadFile(file) //nolint:gosec // the configuration names it
+			content, err := os.ReadFile(file)
 			if err != nil {
 				return "", fmt.Errorf("read a TLS file of the registry: %w", err)
 			}
@@ -423,7 +438,8 @@ func sameEntry(a, b registry.Entry) bool { return reflect.DeepEqual(a, b) }
 // note logs changes of the registry's condition: a registry that is lost is one line, not one a second.
 func (run *runner) note(from, to condition) {
 	switch {
-	case to.failing && !from.failing && run.state.lastErr != nil:
+	case to.failing && !from.failing && errors.Is(run.state.lastErr, errReconnecting): // which is said elsewhere
+	case to.failing && !from.failing:
 		run.log.Error("registry failed; what it had stays", "error", run.state.lastErr)
 	case to.loaded && !from.loaded:
 		run.log.Info("registry read completely", "services", len(run.state.services))

@@ -79,6 +79,11 @@ type world struct {
 	registries map[string]*scripted
 	deadline   time.Duration
 	dialect    istio.Dialect
+
+	// Go tests may set these before start.
+	renderer Renderer                      // in place of the dialect's
+	wrap     func(Constructor) Constructor // of the scripted registries
+	metrics  *prometheus.Registry          // made at start
 }
 
 func newWorld(t *testing.T) *world {
@@ -111,12 +116,20 @@ func (w *world) start() {
 	w.mesh.mu.Lock()
 	w.mesh.open, w.mesh.next = false, nil
 	w.mesh.mu.Unlock()
+	renderer, construct := w.renderer, Constructor(w.construct)
+	if renderer == nil {
+		renderer = IstioRenderer{w.dialect}
+	}
+	if w.wrap != nil {
+		construct = w.wrap(construct)
+	}
+	w.metrics = prometheus.NewRegistry()
 	b, err := New(Options{
-		Types: map[string]Constructor{"script": w.construct}, Source: w, Secrets: w.secrets, Mesh: w.mesh,
-		Renderer: IstioRenderer{w.dialect}, StateDir: w.stateDir, TempDir: w.tempDir,
+		Types: map[string]Constructor{"script": construct}, Source: w, Secrets: w.secrets, Mesh: w.mesh,
+		Renderer: renderer, StateDir: w.stateDir, TempDir: w.tempDir,
 		FirstAnswerDeadline: w.deadline, Coalesce: DefaultCoalesce,
 		Logger:     slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
-		Registerer: prometheus.NewRegistry(),
+		Registerer: w.metrics,
 	})
 	if err != nil {
 		w.fatalf("%v", err)
@@ -329,7 +342,7 @@ func (w *world) line(line string) {
 	for _, n := range numbers {
 		for command := range strings.SplitSeq(strings.ReplaceAll(line, "$", n), ";") {
 			var words []string
-			for _, word := range strings.Fields(command) {
+			for word := range strings.FieldsSeq(command) {
 				words = append(words, expand(word)...)
 			}
 			w.do(words)
@@ -756,7 +769,7 @@ func (w *world) state(name string, want []string) {
 	s := all[i]
 	for _, word := range want {
 		k, v, _ := strings.Cut(word, "=")
-		ok := false
+		var ok bool
 		switch k {
 		case "held":
 			ok = strconv.Itoa(s.Held) == v && len(s.HeldEndpoints) == s.Held
@@ -776,6 +789,8 @@ func (w *world) state(name string, want []string) {
 			ok = s.FailedServices[v] != ""
 		case "nofailed":
 			ok = len(s.FailedServices) == 0
+		case "age": // of the last complete reading, in whole seconds
+			ok = s.LastSync != nil && time.Since(*s.LastSync).Truncate(time.Second) == must(time.ParseDuration(v))
 		case "warned":
 			ok = len(s.Warnings) > 0
 		case "noerror":

@@ -36,6 +36,7 @@ type snapshots struct {
 const (
 	snapshotMagic  = "regbridge-snapshot 1 "
 	snapshotSuffix = ".snapshot"
+	snapshotTemp   = ".unfinished-"
 	// snapshotPeriod is the shortest time between two rounds of writing; a round that takes long makes it longer, so
 	// that writing takes at most a twentieth of the time.
 	snapshotPeriod = 5 * time.Second
@@ -93,6 +94,15 @@ func openSnapshots(dir string) (*snapshots, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the snapshots: %w", err)
 	}
+	unfinished, err := filepath.Glob(filepath.Join(dir, snapshotTemp+"*"))
+	if err != nil {
+		return nil, fmt.Errorf("look for unfinished snapshots: %w", err)
+	}
+	for _, file := range unfinished { // of a process that crashed
+		if err := os.Remove(file); err != nil {
+			return nil, fmt.Errorf("delete an unfinished snapshot: %w", err)
+		}
+	}
 	return &snapshots{dir: dir, saved: map[Key]uint64{}}, nil
 }
 
@@ -144,7 +154,7 @@ func (r *registryState) snapshot() (snapshotHeader, []serviceState) {
 }
 
 func writeAtomically(path string, content func(io.Writer) error) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
+	f, err := os.CreateTemp(filepath.Dir(path), snapshotTemp+"*")
 	if err != nil {
 		return err
 	}
@@ -255,7 +265,7 @@ func decodeSnapshot(content []byte) (snapshotHeader, map[string]*serviceState, e
 		return header, nil, fmt.Errorf("decode its header: %w", err)
 	}
 	table := []labels.Set{{}}
-	services := make(map[string]*serviceState, min(header.Services, 1<<20))
+	services := make(map[string]*serviceState, max(0, min(header.Services, len(stream)/16))) // a corrupt number costs nothing
 	for range header.Services {
 		var rec snapshotRecord
 		if err := dec.Decode(&rec); err != nil {
@@ -323,7 +333,11 @@ func restoreInto(r *registryState, header snapshotHeader, services map[string]*s
 	r.restored, r.source, r.lastSync = true, header.Source, header.LastSync
 	r.gap = gap{start: header.GapStart, end: header.GapEnd}
 	r.services = services
+	r.notLaterThan(now)
 	for id, s := range services {
+		for k := range s.held {
+			r.heldBy[k] = append(r.heldBy[k], id)
+		}
 		if s.known {
 			r.assembleService(s)
 		}
@@ -333,6 +347,31 @@ func restoreInto(r *registryState, header snapshotHeader, services map[string]*s
 		r.findHomes()
 	}
 	r.setAlarm()
+}
+
+// notLaterThan corrects times that a clock which was ahead when the snapshot was written has put into the future: nothing
+// is held, or lingers, for longer than from now.
+func (r *registryState) notLaterThan(now time.Time) {
+	limit := func(t *time.Time, latest time.Time) {
+		if t.After(latest) {
+			*t = latest
+		}
+	}
+	limit(&r.lastSync, now)
+	limit(&r.gap.start, now)
+	limit(&r.gap.end, now)
+	longest := now.Add(max(r.policy.guard.settle, r.policy.guard.hold))
+	for _, s := range r.services {
+		limit(&s.confirmed, now)
+		limit(&s.gap.start, now)
+		limit(&s.gap.end, now)
+		limit(&s.linger, now.Add(Linger))
+		for k, h := range s.held {
+			limit(&h.since, now)
+			limit(&h.until, longest)
+			s.held[k] = h
+		}
+	}
 }
 
 // restore loads the registry's snapshot, if there is one that can be read.

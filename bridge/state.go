@@ -38,8 +38,10 @@ type registryState struct {
 	lastSync time.Time
 	version  uint64 // counts changes that a snapshot has to keep
 
-	// homes counts live endpoints by address while anything is held: an address that lives elsewhere is not held.
-	homes map[endpointKey]int
+	// homes counts live endpoints by address while anything is held: an address that lives elsewhere is not held. heldBy
+	// tells which services hold an address.
+	homes  map[endpointKey]int
+	heldBy map[endpointKey][]string
 
 	lastErr   error
 	lastErrAt time.Time
@@ -94,10 +96,16 @@ func listed(s registry.Service) map[endpointKey]bool {
 	return all
 }
 
-var errEmptyListing = errors.New("the registry lists no services at all: what it had is held until it says so again")
+var (
+	errReconnecting = errors.New("connecting anew with other credentials: what it had stays until it has been read again")
+	errEmptyListing = errors.New("the registry lists no services at all: what it had is held until it says so again")
+)
 
 func newRegistryState(key Key) *registryState {
-	return &registryState{key: key, services: map[string]*serviceState{}, timed: map[string]struct{}{}, holding: map[string]struct{}{}, placed: map[string]string{}}
+	return &registryState{
+		key: key, services: map[string]*serviceState{}, timed: map[string]struct{}{}, holding: map[string]struct{}{},
+		heldBy: map[endpointKey][]string{}, placed: map[string]string{},
+	}
 }
 
 // read says which source is read from now on. Services of another one stay until the new one is loaded.
@@ -139,11 +147,11 @@ func (r *registryState) replace(id string, s *serviceState, facts registry.Servi
 	s.facts, s.known, s.old, s.restored, s.linger = facts, true, false, false, time.Time{}
 	r.version++
 	if old {
-		s.held = nil
+		r.letGo(id, s, nil)
 	}
 	if len(s.held) > 0 {
 		again := listed(facts)
-		maps.DeleteFunc(s.held, func(k endpointKey, _ held) bool { return again[k] })
+		r.letGo(id, s, func(h held) bool { return again[h.key()] })
 	}
 	r.assembleService(s)
 
@@ -195,7 +203,7 @@ func (r *registryState) reassemble(p policy, now time.Time) {
 	for id, s := range r.services {
 		before := s.live
 		if p.guard.off {
-			s.held = nil
+			r.letGo(id, s, nil)
 		}
 		if s.known {
 			r.assembleService(s)
@@ -354,15 +362,19 @@ func (r *registryState) steady(added map[string]int, lost []loss, now time.Time)
 		return
 	}
 	until := now.Add(r.policy.guard.hold)
-	before := map[string]remembered{}   // what services had that hold now, before the first of these losses
-	for _, e := range r.window.events { // also what was believed a moment ago, before the loss was seen to be a mass loss
+	before := map[string]remembered{} // what services had that hold now, before the first of these losses
+	still := map[string]map[endpointKey]bool{}
+	for _, e := range r.window.unheld() { // also what was believed a moment ago, before the loss was seen to be a mass loss
 		s := r.services[e.id]
 		if s == nil || s.old || len(e.lost) == 0 {
 			continue
 		}
-		still, n := listed(s.facts), len(s.held)
+		if still[e.id] == nil {
+			still[e.id] = listed(s.facts)
+		}
+		n := len(s.held)
 		for _, l := range e.lost {
-			if !still[l.key()] {
+			if !still[e.id][l.key()] {
 				r.hold(l, HoldMass, until, now)
 			}
 		}
@@ -385,10 +397,29 @@ func (r *registryState) hold(l loss, kind HoldKind, until, now time.Time) {
 		s.held = map[endpointKey]held{}
 	}
 	s.held[l.key()] = held{loss: l, kind: kind, since: now, until: until}
+	r.heldBy[l.key()] = append(r.heldBy[l.key()], l.id)
 	s.linger = time.Time{}
 	r.timed[l.id], r.holding[l.id] = struct{}{}, struct{}{}
 	r.wakeAt(until)
 	r.version++
+}
+
+// letGo ends holds of a service: those that which names, or all if it is nil. It returns how many.
+func (r *registryState) letGo(id string, s *serviceState, which func(held) bool) int {
+	n := 0
+	for k, h := range s.held {
+		if which != nil && !which(h) {
+			continue
+		}
+		delete(s.held, k)
+		if ids := slices.DeleteFunc(r.heldBy[k], func(other string) bool { return other == id }); len(ids) > 0 {
+			r.heldBy[k] = ids
+		} else {
+			delete(r.heldBy, k)
+		}
+		n++
+	}
+	return n
 }
 
 func (r *registryState) wakeAt(t time.Time) {
@@ -429,23 +460,27 @@ func (r *registryState) moved(id string, added, gone []endpoint, now time.Time) 
 	for _, e := range added {
 		r.homes[e.key()]++
 	}
-	if len(added) == 0 {
+	holders := map[string]bool{}
+	for _, e := range added {
+		for _, other := range r.heldBy[e.key()] {
+			if other != id {
+				holders[other] = true
+			}
+		}
+	}
+	if len(holders) == 0 {
 		return
 	}
-	for other := range r.holding {
+	here := map[endpointKey]bool{}
+	for _, e := range added {
+		here[e.key()] = true
+	}
+	for _, other := range slices.Sorted(maps.Keys(holders)) {
 		s := r.services[other]
-		if other == id {
-			continue
-		}
-		before := len(s.held)
-		for _, e := range added {
-			delete(s.held, e.key())
-		}
-		if len(s.held) != before {
-			r.rethink(other, s, s.had, now)
-			r.settleOut(other, s, now)
-			r.version++
-		}
+		r.letGo(other, s, func(h held) bool { return here[h.key()] })
+		r.rethink(other, s, s.had, now)
+		r.settleOut(other, s, now)
+		r.version++
 	}
 }
 
@@ -470,6 +505,12 @@ func (r *registryState) fail(err error, ids []string, now time.Time) {
 		}
 	}
 	r.checkLoaded()
+}
+
+// reconnect notes that from now on the registry is read as somebody else, who may be shown something else.
+func (r *registryState) reconnect(now time.Time) {
+	r.lastErr, r.lastErrAt = errReconnecting, now
+	r.beginGap(now)
 }
 
 // beginGap notes that from now on changes may be missed.
@@ -526,6 +567,7 @@ func (r *registryState) checkLoaded() {
 // drop removes a service at once, with all that is held of it.
 func (r *registryState) drop(id string, s *serviceState) {
 	r.moved(id, nil, s.live, time.Time{})
+	r.letGo(id, s, nil)
 	r.live -= len(s.live)
 	delete(r.services, id)
 	delete(r.timed, id)
@@ -543,17 +585,16 @@ func (r *registryState) tick(now time.Time) {
 	ended := map[string]bool{}
 	for _, id := range slices.Sorted(maps.Keys(r.timed)) {
 		s := r.services[id]
-		for k, h := range s.held {
-			if r.frozen(s) || now.Before(h.until) {
-				continue
-			}
-			delete(s.held, k)
-			ended[id] = true
-			r.version++
-			if h.kind == HoldSettle { // what is still absent comes under the steady rule
+		if r.frozen(s) {
+			continue
+		}
+		ended[id] = r.letGo(id, s, func(h held) bool {
+			over := !now.Before(h.until)
+			if over && h.kind == HoldSettle { // what is still absent comes under the steady rule
 				settled = append(settled, h.loss)
 			}
-		}
+			return over
+		}) > 0
 	}
 	slices.SortFunc(settled, func(a, b loss) int { return cmp.Or(cmp.Compare(a.id, b.id), a.compare(b.endpoint)) })
 	r.steady(nil, settled, now)
@@ -564,6 +605,7 @@ func (r *registryState) tick(now time.Time) {
 			continue
 		}
 		if ended[id] {
+			r.version++
 			r.rethink(id, s, s.had, now)
 		}
 		r.settleOut(id, s, now)
@@ -584,9 +626,8 @@ func (r *registryState) release(now time.Time) int {
 	n := 0
 	for _, id := range slices.Sorted(maps.Keys(r.timed)) {
 		s := r.services[id]
-		if len(s.held) > 0 {
-			n += len(s.held)
-			s.held = nil
+		if gone := r.letGo(id, s, nil); gone > 0 {
+			n += gone
 			r.rethink(id, s, s.had, now)
 		}
 		r.settleOut(id, s, now)

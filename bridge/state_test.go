@@ -15,11 +15,11 @@ import (
 	"github.com/regbridge/regbridge/registry"
 )
 
-// TestReducerAtRandom feeds thousands of random incidents to the reducer: registries that state, forget, list, fail and
+// TestReducerAtRandom feeds random incidents to the reducer: registries that state, forget, list, fail and
 // recover, edits, releases and our own restarts. After each input the books must be in order; while the registry is away
 // nothing may vanish; and in the end, when it has told the truth and time has passed, that truth and nothing else is left.
 func TestReducerAtRandom(t *testing.T) {
-	for seed := range uint64(25000) {
+	for seed := range uint64(150) {
 		newFate(t, seed).run()
 	}
 }
@@ -204,7 +204,7 @@ func (f *fate) published() map[string]string {
 func (f *fate) audit() {
 	f.t.Helper()
 	r := f.r
-	live, homes := 0, map[endpointKey]int{}
+	live, held, holders, homes := 0, 0, 0, map[endpointKey]int{}
 	for id, s := range r.services {
 		live += len(s.live)
 		for _, e := range s.live {
@@ -231,6 +231,10 @@ func (f *fate) audit() {
 		}
 		here := listed(s.facts)
 		for k, h := range s.held {
+			if !slices.Contains(r.heldBy[k], id) {
+				f.fatalf("%s: %v is held, and not in the index", id, k)
+			}
+			held++
 			if here[k] {
 				f.fatalf("%s: %v is held although it is listed", id, k)
 			}
@@ -238,6 +242,12 @@ func (f *fate) audit() {
 				f.fatalf("%s: %v is held, and nothing is published: it speaks %v, the service %v", id, k, h.had, s.had)
 			}
 		}
+	}
+	for _, ids := range r.heldBy {
+		holders += len(ids)
+	}
+	if held != holders {
+		f.fatalf("%d endpoints are held, %d in the index %v", held, holders, r.heldBy)
 	}
 	if live != r.live {
 		f.fatalf("live is %d, should be %d", r.live, live)
@@ -319,4 +329,37 @@ func boolToInt(b bool) uint32 {
 		return 1
 	}
 	return 0
+}
+
+// BenchmarkMassLoss loses all of a registry's services one by one, and gets them back one by one: what one input costs must
+// not depend on how much is held.
+func BenchmarkMassLoss(b *testing.B) {
+	for _, services := range []int{1000, 10_000, 100_000} {
+		b.Run(fmt.Sprint(services), func(b *testing.B) {
+			for b.Loop() {
+				r := newRegistryState(Key{"ns", "bridge", "test", "a"})
+				r.reassemble(policy{protocol: mcp.HTTP, guard: guardOf(nil)}, at(0))
+				facts := make([]registry.Service, services)
+				for i := range facts {
+					facts[i] = registry.Service{ID: fmt.Sprint("s", i), Host: fmt.Sprint("s", i, ".test"), Instances: []registry.Instance{
+						{Address: fmt.Sprintf("10.%d.%d.%d", i>>16, i>>8&255, i&255), Port: 80, Weight: 1},
+					}}
+					r.put(facts[i], at(0))
+				}
+				for _, s := range facts {
+					r.forget([]string{s.ID}, at(100))
+				}
+				if len(r.holding) != services {
+					b.Fatalf("%d services are held", len(r.holding))
+				}
+				for _, s := range facts {
+					r.put(s, at(105))
+				}
+				if len(r.holding) != 0 {
+					b.Fatalf("%d services are still held", len(r.holding))
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(3*services), "ns/input")
+		})
+	}
 }

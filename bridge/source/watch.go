@@ -59,7 +59,7 @@ func watch(ctx context.Context, log *slog.Logger, t timing, dirs func() []string
 				since = time.Now()
 			}
 			timer.Reset(min(t.quiet, time.Until(since.Add(t.latest))))
-		case <-failures: // such as too many events
+		case _ = <-failures: // such as too many events
 			timer.Reset(t.quiet)
 		case <-timer.C:
 			since = time.Time{}

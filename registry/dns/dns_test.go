@@ -255,7 +255,7 @@ func TestOddServers(t *testing.T) {
 			_ = w.WriteMsg(q)
 			return false
 		},
-		"rubbish first": func(w mdns.ResponseWriter, q *mdns.Msg, tcp bool) bool {
+		"rubbish first": func(w mdns.ResponseWriter, _ *mdns.Msg, tcp bool) bool {
 			if !tcp {
 				_, _ = w.Write([]byte("rubbish"))
 				_, _ = w.Write([]byte("and a longer piece of rubbish, longer than a header"))

@@ -106,7 +106,7 @@ func (f *fake) do(change func()) {
 func (f *fake) requests() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.asked[:len(f.asked):len(f.asked)]
+	return slices.Clone(f.asked)
 }
 
 func (f *fake) serve(w mdns.ResponseWriter, q *mdns.Msg, tcp bool) {

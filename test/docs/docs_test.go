@@ -88,8 +88,11 @@ func TestMakeRun(t *testing.T) {
 	harness.Eventually(t, 20*time.Second, func() error {
 		for path, want := range map[string]string{"": "greeter", "debug/registryz": "greeter.static", "readyz": "ready"} {
 			status, body, err := harness.Get(t.Context(), page+path)
-			if err != nil || status != http.StatusOK || !strings.Contains(body, want) {
-				return fmt.Errorf("/%s: %d %v, without %q: %s", path, status, err, want, body)
+			if err != nil {
+				return err
+			}
+			if status != http.StatusOK || !strings.Contains(body, want) {
+				return fmt.Errorf("/%s: %d, without %q: %s", path, status, want, body)
 			}
 		}
 		return nil

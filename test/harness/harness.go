@@ -129,7 +129,7 @@ func call(ctx context.Context, method, url string, header http.Header, in any) (
 	if err != nil {
 		return 0, "", fmt.Errorf("%s %s: %w", method, url, err)
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close() // only read
 	b, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return 0, "", fmt.Errorf("%s %s: read the answer: %w", method, url, err)

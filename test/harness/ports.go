@@ -71,7 +71,7 @@ func isFree(ctx context.Context, port int) bool {
 	if err != nil {
 		return false
 	}
-	defer l.Close() //nolint:errcheck // nothing was sent
+	defer l.Close() // nothing was sent
 	p, err := config.ListenPacket(ctx, "udp", addr)
 	if err != nil {
 		return false

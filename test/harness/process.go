@@ -97,7 +97,7 @@ func (p *Process) launch() error {
 	if err != nil {
 		return err
 	}
-	defer log.Close() //nolint:errcheck // the process has its own handle
+	defer log.Close() // the process has its own handle
 	info, err := log.Stat()
 	if err != nil {
 		return err

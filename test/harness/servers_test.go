@@ -226,7 +226,7 @@ func answer(c *http.Client, url, want string) error {
 	if err != nil {
 		return err
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close() // only read
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return err

@@ -88,12 +88,12 @@ func unzip(archive, member, dest string) error {
 	if err != nil {
 		return err
 	}
-	defer z.Close() //nolint:errcheck // only read
+	defer z.Close() // only read
 	src, err := z.Open(member)
 	if err != nil {
 		return fmt.Errorf("%s in %s: %w", member, filepath.Base(archive), err)
 	}
-	defer src.Close() //nolint:errcheck // only read
+	defer src.Close() // only read
 	f, err := os.OpenFile(dest, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
 	if err != nil {
 		return err

@@ -220,7 +220,7 @@ func (r recipe) fill(ctx context.Context, dir, out string) error {
 	if err := os.RemoveAll(temp); err != nil { // of a process that was killed
 		return fmt.Errorf("make %s: %w", r.server, err)
 	}
-	defer os.RemoveAll(temp) //nolint:errcheck // gone already after the rename; else the next attempt removes it
+	defer os.RemoveAll(temp) // gone already after the rename; else the next attempt removes it
 	if err := os.MkdirAll(temp, 0o755); err != nil {
 		return fmt.Errorf("make %s: %w", r.server, err)
 	}
@@ -248,7 +248,7 @@ func (r recipe) hash(dir string) (string, error) {
 		if err != nil {
 			return err
 		}
-		defer f.Close() //nolint:errcheck // only read
+		defer f.Close() // only read
 		info, err := f.Stat()
 		if err != nil {
 			return err
