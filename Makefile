@@ -12,12 +12,12 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 #? help: this list
 .PHONY: help
 help:
-	@sed -n 's/^#? //p' Makefile | column -t -s ':'
+	@sed -n 's/^#? \([a-z]*\): /\1\t/p' Makefile | column -t -s $$'\t' -l 2
 
 #? run: start regbridge on an embedded example; no cluster or registry is needed
 .PHONY: run
 run:
-	@go run ./cmd/regbridge serve --quickstart
+	@CGO_ENABLED=0 go build -o bin/regbridge ./cmd/regbridge && exec bin/regbridge serve --quickstart
 
 #? build: build the program to bin/regbridge
 .PHONY: build

@@ -36,6 +36,7 @@ type runner struct {
 
 	mu       sync.Mutex                      // guards these
 	secrets  map[string]registry.Credentials // the last good content
+	lost     map[string]string               // what is to be said of Secrets that are gone, by name
 	identity string                          // digest of the credentials and certificates in use
 	problem  error                           // why the adapter cannot run now
 	gone     bool                            // removed from the configuration
@@ -47,7 +48,7 @@ func newRunner(b *Bridge, key Key, order int) *runner {
 	state := newRegistryState(key)
 	state.order = order
 	run := &runner{
-		bridge: b, key: key, state: state, wake: make(chan struct{}, 1), secrets: map[string]registry.Credentials{},
+		bridge: b, key: key, state: state, wake: make(chan struct{}, 1), secrets: map[string]registry.Credentials{}, lost: map[string]string{},
 		log: b.opts.Logger.With("registry", key.String(), "type", key.Type),
 	}
 	state.note = run.note
@@ -345,9 +346,14 @@ func (run *runner) secret(name string) (registry.Credentials, error) {
 	defer run.mu.Unlock()
 	if err == nil {
 		run.secrets[name] = current
+		delete(run.lost, name)
 		return current, nil
 	}
 	if last, ok := run.secrets[name]; ok {
+		if _, told := run.lost[name]; !told {
+			run.lost[name] = fmt.Sprintf("secret %s/%s is gone or cannot be read: its last content is used until our next restart", run.key.Namespace, name)
+			run.log.Warn("registry: "+run.lost[name], "error", err)
+		}
 		return last, nil
 	}
 	return nil, fmt.Errorf("secret %s/%s that the entry names: %w", run.key.Namespace, name, err)
@@ -438,12 +444,13 @@ func sameEntry(a, b registry.Entry) bool { return reflect.DeepEqual(a, b) }
 // note logs changes of the registry's condition: a registry that is lost is one line, not one a second.
 func (run *runner) note(from, to condition) {
 	switch {
-	case to.failing && !from.failing && errors.Is(run.state.lastErr, errReconnecting): // which is said elsewhere
+	case to.failing && !from.failing && len(run.state.services) == 0:
+		run.log.Error("registry cannot be read", "error", run.state.lastErr)
 	case to.failing && !from.failing:
 		run.log.Error("registry failed; what it had stays", "error", run.state.lastErr)
 	case to.loaded && !from.loaded:
 		run.log.Info("registry read completely", "services", len(run.state.services))
-	case !to.failing && from.failing && to.loaded:
+	case !to.failing && from.failing && to.loaded && !run.state.gap.open():
 		run.log.Info("registry works again")
 	}
 	switch {
@@ -451,5 +458,9 @@ func (run *runner) note(from, to condition) {
 		run.log.Warn("registry stopped to list endpoints without a word: they are held", "services", len(run.state.holding))
 	case !to.holding && from.holding:
 		run.log.Info("registry: no endpoints are held any more")
+	}
+	if n := run.state.expired; n > 0 {
+		run.state.expired = 0
+		run.log.Warn("registry: endpoints that it no longer lists were removed, since their time was over", "endpoints", n)
 	}
 }

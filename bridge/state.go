@@ -43,6 +43,8 @@ type registryState struct {
 	homes  map[endpointKey]int
 	heldBy map[endpointKey][]string
 
+	expired int // held endpoints that went because their time was over, since the last time that was told
+
 	lastErr   error
 	lastErrAt time.Time
 	errs      map[string]error // by service, since its last Put
@@ -76,7 +78,12 @@ type condition struct {
 }
 
 func (r *registryState) condition() condition {
-	return condition{loaded: r.loaded, failing: r.gap.open(), holding: len(r.holding) > 0}
+	return condition{loaded: r.loaded, failing: r.failing(), holding: len(r.holding) > 0}
+}
+
+// failing reports whether the registry cannot be read. A gap that we made ourselves, by connecting anew, is no failure yet.
+func (r *registryState) failing() bool {
+	return r.gap.open() && r.lastErr != nil && !errors.Is(r.lastErr, errReconnecting)
 }
 
 // awaited reports whether first answers have to wait for the registry.
@@ -149,9 +156,13 @@ func (r *registryState) replace(id string, s *serviceState, facts registry.Servi
 	if old {
 		r.letGo(id, s, nil)
 	}
+	returned := map[endpointKey]bool{} // whose loss is not, or no longer, in the window
 	if len(s.held) > 0 {
 		again := listed(facts)
-		r.letGo(id, s, func(h held) bool { return again[h.key()] })
+		r.letGo(id, s, func(h held) bool {
+			returned[h.key()] = h.kind == HoldSettle || now.Sub(h.since) > lossPeriod
+			return again[h.key()]
+		})
 	}
 	r.assembleService(s)
 
@@ -170,12 +181,12 @@ func (r *registryState) replace(id string, s *serviceState, facts registry.Servi
 			}
 		}
 	}
-	// What comes with a new service makes up for nothing, nor does what was listed before and is only well again.
+	// What comes with a new service makes up for nothing, nor does what was held or listed before and is only back.
 	recruits := 0
 	if earlier.ID != "" && len(added) > 0 {
 		known := listed(earlier)
 		for _, e := range added {
-			if !known[e.key()] {
+			if !known[e.key()] && !returned[e.key()] {
 				recruits++
 			}
 		}
@@ -583,6 +594,7 @@ func (r *registryState) drop(id string, s *serviceState) {
 func (r *registryState) tick(now time.Time) {
 	var settled []loss
 	ended := map[string]bool{}
+	before := r.heldCount()
 	for _, id := range slices.Sorted(maps.Keys(r.timed)) {
 		s := r.services[id]
 		if r.frozen(s) {
@@ -610,8 +622,17 @@ func (r *registryState) tick(now time.Time) {
 		}
 		r.settleOut(id, s, now)
 	}
+	r.expired += before - r.heldCount()
 	r.window.prune(now)
 	r.setAlarm()
+}
+
+func (r *registryState) heldCount() int {
+	n := 0
+	for id := range r.holding {
+		n += len(r.services[id].held)
+	}
+	return n
 }
 
 // frozen reports whether nothing that is held of the service can end, whatever its time: in a gap absence is no evidence,

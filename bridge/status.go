@@ -18,9 +18,9 @@ const (
 	StateInvalid State = "invalid"
 	// StateBlocked cannot run: a Secret or a file is missing, or the registry says that the configuration is wrong.
 	StateBlocked State = "blocked"
-	// StateConnecting has not been read completely yet.
+	// StateConnecting has not been read completely yet, or is connected anew with other credentials.
 	StateConnecting State = "connecting"
-	// StateFailing was read, and cannot be read now. What it had stays.
+	// StateFailing cannot be read. What it had stays.
 	StateFailing State = "failing"
 	// StateSynced is read and up to date.
 	StateSynced State = "synced"
@@ -98,7 +98,7 @@ func (run *runner) status() Status {
 	defer run.mu.Unlock()
 	s := Status{
 		Key: run.key, Registry: run.key.String(), Type: run.key.Type, Name: run.key.Name, Origin: run.config.Origin, Path: run.config.Path,
-		RefreshInterval: run.config.Entry.Interval().String(), Warnings: run.warnings,
+		RefreshInterval: run.config.Entry.Interval().String(), Warnings: slices.Concat(run.warnings, slices.Sorted(maps.Values(run.lost))),
 	}
 	if run.config.Err != nil {
 		s.ConfigError = run.config.Err.Error()
@@ -158,10 +158,12 @@ func (r *registryState) describe(s *Status, merged []LeftOut) {
 
 func (r *registryState) state() State {
 	switch {
+	case r.failing():
+		return StateFailing
 	case !r.loaded:
 		return StateConnecting
-	case r.gap.open():
-		return StateFailing
+	case r.gap.open(): // connecting anew, as somebody else
+		return StateConnecting
 	default:
 		return StateSynced
 	}

@@ -43,7 +43,7 @@ func (s *store) step(r *registryState, now time.Time, input func(now time.Time))
 	before := r.condition()
 	input(now)
 	after := r.condition()
-	if after != before && r.note != nil {
+	if (after != before || r.expired > 0) && r.note != nil {
 		r.note(before, after)
 	}
 	return after != before

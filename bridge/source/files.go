@@ -203,7 +203,7 @@ func (f *Files) read() error {
 		if f.files[path] == nil {
 			f.files[path] = &file{}
 		}
-		f.files[path].update(path, data, err)
+		f.files[path].update(path, data, err, !info.IsDir())
 	}
 	for path, file := range f.files {
 		if !slices.Contains(paths, path) {
@@ -213,7 +213,8 @@ func (f *Files) read() error {
 	return nil
 }
 
-func (f *file) update(path string, data []byte, err error) {
+// update takes in what was read of a file. alone says that it is the whole configuration.
+func (f *file) update(path string, data []byte, err error, alone bool) {
 	f.gone, f.err, f.empty = false, err, err == nil && len(data) == 0
 	if err != nil {
 		f.sum, f.latest = [sha256.Size]byte{}, parsed{}
@@ -221,6 +222,15 @@ func (f *file) update(path string, data []byte, err error) {
 	}
 	if sum := sha256.Sum256(data); sum != f.sum {
 		f.sum, f.latest = sum, parse(path, data, false)
+	}
+	if p := &f.latest; len(p.docs) == 0 && p.broken == "" && p.vague == "" {
+		// A disk that was full, or a template without values, makes such a file; nobody removes registries that way.
+		const nothing = ": there is no McpBridge in it; to remove its registries write `registries: []`, or delete the file from its folder"
+		if alone {
+			p.broken = path + nothing
+		} else if len(f.docs) > 0 {
+			p.vague = path + nothing
+		}
 	}
 }
 

@@ -324,7 +324,11 @@ func TestFilesDoesNotBelieveAMoment(t *testing.T) {
 	for i, partial := range []string{"", "# nothing\n", doc("a")} {
 		write(t, a, partial)
 		write(t, b, doc("b", fmt.Sprintf("y:%d", i+2))) // proves that a.yaml was read too
-		r.until(fmt.Sprintf("a/x:1 b/y:%d", i+2), "")
+		complaint := ""
+		if i < 2 {
+			complaint = "no McpBridge"
+		}
+		r.until(fmt.Sprintf("a/x:1 b/y:%d", i+2), complaint)
 	}
 	must(t, os.Remove(a))
 	write(t, b, doc("b", "y:7"))
@@ -336,8 +340,8 @@ func TestFilesDoesNotBelieveAMoment(t *testing.T) {
 	late.until("a/x:2 b/y:7", "")
 	write(t, a, "")
 	fresh := read(t, FilesOptions{Path: a}, tm)
-	if c := fresh.until("", ""); c.Read {
-		t.Error("an empty file counts as read at once")
+	if c := fresh.until("", "no McpBridge"); c.Read {
+		t.Error("an empty file counts as read")
 	}
 }
 
@@ -351,6 +355,8 @@ func TestFilesBelievesDeletions(t *testing.T) {
 	must(t, os.Remove(filepath.Join(dir, "a.yaml")))
 	write(t, filepath.Join(dir, "b.yaml"), "")
 	write(t, filepath.Join(dir, "c.yaml"), doc("c", "y:1"))
+	r.until("b/x:1 b/y:1 c/y:1 d/x:1 d/y:1", "b.yaml: there is no McpBridge in it") // nobody removes registries that way
+	write(t, filepath.Join(dir, "b.yaml"), doc("b"))
 	r.until("c/y:1 d/x:1 d/y:1", "")
 	must(t, os.Remove(filepath.Join(dir, "c.yaml")))
 	must(t, os.Remove(filepath.Join(dir, "b.yaml")))

@@ -59,7 +59,7 @@ func watch(ctx context.Context, log *slog.Logger, t timing, dirs func() []string
 				since = time.Now()
 			}
 			timer.Reset(min(t.quiet, time.Until(since.Add(t.latest))))
-		case _ = <-failures: // such as too many events
+		case <-failures: //nolint:errcheck // any failure, such as too many events, means the same
 			timer.Reset(t.quiet)
 		case <-timer.C:
 			since = time.Time{}

@@ -23,13 +23,18 @@ const (
 
 // Host returns the name under which the mesh sees the service that its registry names host. It depends on that name
 // alone. The name stays as it is where the reader accepts it. Otherwise bad characters become hyphens, and the last part
-// that had to change ends in "-rb-" and a hash of the original: "svc_a.DEFAULT-GROUP.public.nacos" is
-// "svc-a-rb-f9fbe5f416beed96.DEFAULT-GROUP.public.nacos". A name that looks so from the start gets a hash as well. So two
+// that had to change ends in "-rb-" and a hash of the original: "svc_a.default-group.public.nacos" is
+// "svc-a-rb-f9fbe5f416beed96.default-group.public.nacos". A name that looks so from the start gets a hash as well. So two
 // names never meet, except where they differ in the case of ASCII letters alone, which makes no difference to a mesh.
 //
-// Stock istiod accepts what passes its validation, with one exception: an asterisk is rewritten, since a registrant must
-// not catch the traffic of others. Higress accepts all but slashes, which resource names cannot have, and broken UTF-8.
+// For stock istiod upper case becomes lower case: it names a service's cluster by the host as it is, but its routes by the
+// host in lower case, so that a sidecar answers every HTTP request to an upper-case host with 503 (seen with 1.31). It
+// accepts what passes its validation, with one exception: an asterisk is rewritten, since a registrant must not catch the
+// traffic of others. Higress accepts all but slashes, which resource names cannot have, and broken UTF-8.
 func (d Dialect) Host(host string) string {
+	if !d.higress {
+		host = lowerASCII(host)
+	}
 	if d.keeps(host) {
 		return host
 	}
@@ -116,14 +121,19 @@ const (
 
 // mark returns the mark of a name that had to be changed.
 func mark(original string) string {
-	b := []byte(original)
+	sum := sha256.Sum256([]byte(lowerASCII(original)))
+	return markPrefix + hex.EncodeToString(sum[:8])
+}
+
+// lowerASCII leaves other alphabets alone, and bytes that are no text.
+func lowerASCII(s string) string {
+	b := []byte(s)
 	for i, c := range b {
 		if 'A' <= c && c <= 'Z' {
 			b[i] = c + 'a' - 'A'
 		}
 	}
-	sum := sha256.Sum256(b)
-	return markPrefix + hex.EncodeToString(sum[:8])
+	return string(b)
 }
 
 // isMarked reports whether a part of a host name ends like one that was marked, in any case of letters.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -62,10 +63,10 @@ type statusError struct {
 }
 
 func (e *statusError) Error() string {
-	switch {
-	case e.code == http.StatusForbidden:
+	switch e.code {
+	case http.StatusForbidden:
 		return fmt.Sprintf("refused (403 %s): check the token in the entry's Secret, key consulToken", e.text)
-	case e.code == http.StatusTooManyRequests:
+	case http.StatusTooManyRequests:
 		return fmt.Sprintf("too many requests or connections (429 %s): raise limits.http_max_conns_per_client of the agent, "+
 			"or let fewer programs of this host use it", e.text)
 	default:
@@ -180,9 +181,7 @@ func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) (
 func (c *client) get(ctx context.Context, operation, path string, index uint64, wait time.Duration, out any) (m meta, err error) {
 	limit := c.timeout
 	query := url.Values{"stale": {""}} // any server may answer; maxContact bounds how stale
-	for k, v := range c.query {
-		query[k] = v
-	}
+	maps.Copy(query, c.query)
 	if index > 0 {
 		operation += "-wait"        // so that waiting is not measured as working
 		query.Set("near", "_agent") // not for the order, see health
@@ -221,8 +220,7 @@ func (c *client) do(ctx context.Context, path string, query url.Values, out any)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		var ue *url.Error
-		if errors.As(err, &ue) { // whose text repeats the URL
+		if ue, ok := errors.AsType[*url.Error](err); ok { // its text repeats the URL
 			err = ue.Err
 		}
 		return meta{}, err

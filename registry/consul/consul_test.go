@@ -68,6 +68,15 @@ func runRegistry(t *testing.T, r registry.Registry) *registrytest.Recorder {
 		for _, v := range rec.Violations() {
 			t.Errorf("against the contract: %s", v)
 		}
+		told := map[string]bool{}
+		for _, e := range rec.State().Events {
+			for _, id := range e.IDs {
+				if e.Kind == registrytest.Synced && !told[id] {
+					t.Errorf("a listing named %s, of which nothing had been told yet", id)
+				}
+				told[id] = e.Kind != registrytest.Delete
+			}
+		}
 	})
 	return rec
 }
@@ -78,7 +87,8 @@ func wait(t *testing.T, rec *registrytest.Recorder, what string, ok func(registr
 	t.Helper()
 	s, got := rec.Wait(limit, ok)
 	if !got {
-		t.Fatalf("waited in vain for %s; gap %v, gaps %v, services %q", what, s.Gap, s.Gaps, slices.Sorted(maps.Keys(s.Services)))
+		names := slices.Sorted(maps.Keys(s.Services))
+		t.Fatalf("waited in vain for %s; gap %v, gaps %v, %d services, %q first", what, s.Gap, s.Gaps, len(names), names[:min(9, len(names))])
 	}
 	return s
 }
@@ -216,7 +226,7 @@ func TestTag(t *testing.T) {
 		t.Errorf("the tag selected %v", in)
 	}
 	f.setInstances("mixed", plain("10.0.0.1"), plain("10.0.0.2"))
-	s = wait(t, rec, "nothing with the tag", func(s registrytest.State) bool { return len(s.Services) == 0 && s.Gap == nil })
+	wait(t, rec, "nothing with the tag", func(s registrytest.State) bool { return len(s.Services) == 0 && s.Gap == nil })
 	f.setInstances("plain", blue("10.0.0.3"))
 	wait(t, rec, "another tagged service", loaded("plain"))
 }
@@ -337,6 +347,32 @@ func TestStreamedAnswersAreNotBelieved(t *testing.T) {
 	f.edit(func() { f.policies[goodToken] = policy{services: readAll.services} })
 	wait(t, rec, "the hidden service by name", failed("web", "service and node read"))
 	noRemoval(t, rec)
+}
+
+func TestAnonymousToken(t *testing.T) {
+	f := newFake(t)
+	f.set("web", at("10.0.0.1"))
+	f.set("pay", at("10.0.0.2"))
+	f.edit(func() { f.policies[""] = readAll })
+	rec := runWith(t, quick(f.entry()), testEnv(t, nil))
+	wait(t, rec, "all", loaded("consul", "pay", "web"))
+	f.remove("pay")
+	wait(t, rec, "a true removal", loaded("consul", "web"))
+	for _, e := range rec.State().Events {
+		if e.Kind == registrytest.Fail {
+			t.Errorf("a removal came with a gap: %v", e.Err)
+		}
+	}
+	n := len(rec.State().Events)
+	f.edit(func() { f.policies[""] = policy{services: readAll.services} })
+	wait(t, rec, "the service by name", failed("web", "anonymous token"))
+	f.edit(func() { delete(f.policies, "") })
+	wait(t, rec, "a clear message", failed("", "not even list consul itself"))
+	for _, e := range rec.State().Events[n:] {
+		if e.Changed || len(e.Removed) > 0 {
+			t.Errorf("%s %q changed something", e.Kind, e.IDs)
+		}
+	}
 }
 
 func TestTokenRotates(t *testing.T) {
@@ -498,6 +534,11 @@ func TestChangesAreNoticedAtOnce(t *testing.T) {
 			t.Errorf("step %d took %v", n, took)
 		}
 	}
+	f.edit(func() {
+		if f.streamed > 0 {
+			t.Errorf("%d answers came from a stream, and each cost a second request", f.streamed)
+		}
+	})
 }
 
 func TestFlappingIsSlowedDown(t *testing.T) {
@@ -542,15 +583,51 @@ func TestManyServices(t *testing.T) {
 	}
 	// The last names have no query of their own. A check tells of the one change, the catalog of the other.
 	for i := n - 40; i < n; i += 8 {
-		in := at(ip(i))
-		in.Unhealthy = true
-		f.set(name(i), in)
-		in.Port = 9090
-		f.set(name(i+1), in)
-		for _, rec := range recs {
-			wait(t, rec, "a change of a check", func(s registrytest.State) bool { return s.Services[name(i)].Instances[0].Unhealthy })
-			wait(t, rec, "a change of a port", func(s registrytest.State) bool { return s.Services[name(i+1)].Instances[0].Port == 9090 })
+		for what, edit := range map[string]func(*registry.Instance){
+			"a check": func(in *registry.Instance) { in.Unhealthy = true },
+			"a port":  func(in *registry.Instance) { in.Port = 9090 },
+		} {
+			in := at(ip(i))
+			edit(&in)
+			begun := time.Now()
+			f.set(name(i), in)
+			for _, rec := range recs {
+				wait(t, rec, "a change of "+what, func(s registrytest.State) bool {
+					got := s.Services[name(i)].Instances[0]
+					return got.Unhealthy == in.Unhealthy && got.Port == in.Port
+				})
+			}
+			t.Logf("a change of %s reached both entries after %v", what, time.Since(begun).Round(time.Millisecond))
+			f.set(name(i), at(ip(i)))
+			for _, rec := range recs {
+				wait(t, rec, "the way back", func(s registrytest.State) bool {
+					got := s.Services[name(i)].Instances[0]
+					return !got.Unhealthy && got.Port == 8080
+				})
+			}
 		}
+	}
+	// A node without checks goes, and with it an instance of each of some services, as one change.
+	for i := n - 240; i < n; i += 3 {
+		f.setInstances(name(i), fakeInstance{node: "n", nodeAddress: ip(i), Instance: at(ip(i)), unchecked: true},
+			fakeInstance{node: "doomed", nodeAddress: "10.9.9.9", Instance: at("10.9.9.9"), unchecked: true})
+	}
+	instances := func(want int) func(registrytest.State) bool {
+		return func(s registrytest.State) bool {
+			for i := n - 240; i < n; i += 3 {
+				if len(s.Services[name(i)].Instances) != want {
+					return false
+				}
+			}
+			return true
+		}
+	}
+	for _, rec := range recs {
+		wait(t, rec, "two instances of each", instances(2))
+	}
+	f.dropNode("doomed")
+	for _, rec := range recs {
+		wait(t, rec, "the end of a node", instances(1))
 	}
 	f.remove(name(300))
 	for _, rec := range recs {
@@ -570,18 +647,30 @@ func TestManyServices(t *testing.T) {
 }
 
 func TestCrowdedAgent(t *testing.T) {
-	f := newFake(t)
-	f.edit(func() { f.allowed = 40 })
-	const n = 150
-	for i := range n {
-		f.set(fmt.Sprintf("service-%d", i), at(fmt.Sprintf("10.0.0.%d", i)))
+	for name, limit := range map[string]func(*fake){
+		"few connections":                     func(f *fake) { f.allowed = 40 },
+		"queries leave no room for a listing": func(f *fake) { f.busy = 20 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			f.edit(func() { limit(f) })
+			const n = 150
+			for i := range n {
+				f.set(fmt.Sprintf("service-%d", i), at(fmt.Sprintf("10.0.0.%d", i)))
+			}
+			rec := runWith(t, f.entry(), testEnv(t, good))
+			wait(t, rec, "all services", func(s registrytest.State) bool { return s.Loaded && len(s.Services) == n+1 })
+			f.set("service-149", at("10.0.1.1"))
+			wait(t, rec, "a change", func(s registrytest.State) bool {
+				return s.Services["service-149"].Instances[0].Address == "10.0.1.1"
+			})
+			f.set("new", at("10.0.2.1"))
+			wait(t, rec, "a new service, and that nothing is in a gap", func(s registrytest.State) bool {
+				return s.Services["new"].ID != "" && s.Gap == nil && len(s.Gaps) == 0
+			})
+			noRemoval(t, rec)
+		})
 	}
-	rec := runWith(t, f.entry(), testEnv(t, good))
-	wait(t, rec, "all services", func(s registrytest.State) bool { return s.Loaded && len(s.Services) == n+1 })
-	f.set("service-149", at("10.0.1.1"))
-	wait(t, rec, "a change", func(s registrytest.State) bool { return s.Services["service-149"].Instances[0].Address == "10.0.1.1" })
-	wait(t, rec, "that nothing is in a gap", func(s registrytest.State) bool { return s.Gap == nil && len(s.Gaps) == 0 })
-	noRemoval(t, rec)
 }
 
 func TestTLS(t *testing.T) {

@@ -65,7 +65,7 @@ func convert(entries []*api.ServiceEntry, f filter) ([]registry.Instance, error)
 func instance(e *api.ServiceEntry, f filter) registry.Instance {
 	i := registry.Instance{
 		Address:  cmp.Or(e.Service.Address, e.Node.Address),
-		Port:     uint32(e.Service.DefaultPort()), //nolint:gosec // a negative port becomes one above 65535, as bad as it was
+		Port:     uint32(e.Service.DefaultPort()), // a negative one becomes one above 65535, as bad as it was
 		Weight:   1,
 		Metadata: labels.FromMap(e.Service.Meta),
 	}

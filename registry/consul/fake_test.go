@@ -43,12 +43,14 @@ type fake struct {
 	hung     chan struct{}
 	seen     int
 	waiting  int  // blocking queries
+	streamed int  // answers from streams
 	bare     bool // no headers of Consul
 	streams  bool // streams even what it cannot
 	queries  []string
 	conns    map[net.Conn]bool // whether the connection was one too many
 	most     int               // connections at once
 	allowed  int               // connections at once before requests are refused
+	busy     int               // blocking queries at once before any request is refused, if above 0
 
 	address string
 	tls     *tls.Config
@@ -57,6 +59,7 @@ type fake struct {
 
 type fakeService struct {
 	index     uint64
+	checks    uint64 // when a check last changed
 	instances []fakeInstance
 }
 
@@ -67,6 +70,7 @@ type fakeInstance struct {
 	nodeAddress string
 	warning     bool
 	warnWeight  int
+	unchecked   bool // it has no checks
 }
 
 // policy is what a token may read.
@@ -179,22 +183,52 @@ func (f *fake) setInstances(name string, list ...fakeInstance) {
 		return
 	}
 	f.index++
-	// A check that changes leaves the catalog alone.
-	bare := func(l []fakeInstance) string {
-		l = slices.Clone(l)
-		for i := range l {
-			l[i].Unhealthy, l[i].Disabled, l[i].warning = false, false, false
-		}
-		return fmt.Sprint(l)
-	}
-	if old == nil || bare(old.instances) != bare(list) {
+	now := &fakeService{index: f.index, checks: f.index, instances: list}
+	if old == nil || old.registered() != now.registered() {
 		f.catalog = f.index
 	}
-	f.checks = f.index
+	if old != nil && old.checked() == now.checked() {
+		now.checks = old.checks
+	} else {
+		f.checks = f.index
+	}
 	if len(list) == 0 {
 		delete(f.services, name)
 	} else {
-		f.services[name] = &fakeService{index: f.index, instances: list}
+		f.services[name] = now
+	}
+	f.wake()
+}
+
+// registered is all of a service but its checks: a change of it shows in the catalog's index.
+func (s *fakeService) registered() string {
+	l := slices.Clone(s.instances)
+	for i := range l {
+		l[i].Unhealthy, l[i].Disabled, l[i].warning = false, false, false
+	}
+	return fmt.Sprint(l)
+}
+
+// checked is all of a service's checks: a change of it shows in the index of all checks.
+func (s *fakeService) checked() string {
+	var out []any
+	for _, i := range s.instances {
+		out = append(out, i.Address, i.Unhealthy, i.Disabled, i.warning)
+	}
+	return fmt.Sprint(out)
+}
+
+// dropNode removes a node with all its instances, of any services, as one change.
+func (f *fake) dropNode(node string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.index++
+	f.catalog = f.index
+	for name, s := range f.services {
+		left := slices.DeleteFunc(slices.Clone(s.instances), func(i fakeInstance) bool { return i.node == node })
+		if len(left) < len(s.instances) {
+			f.services[name] = &fakeService{index: f.index, checks: s.checks, instances: left}
+		}
 	}
 	f.wake()
 }
@@ -214,7 +248,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
-	crowded := f.conns[conn]
+	crowded := f.conns[conn] || f.busy > 0 && f.waiting >= f.busy
 	code := 0
 	for prefix, c := range f.status {
 		if strings.HasPrefix(r.URL.Path, prefix) {
@@ -271,6 +305,7 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 				h.Set("X-Consul-Results-Filtered-By-Acls", "true")
 			}
 			if strings.HasPrefix(r.URL.Path, "/v1/health/service/") && after > 0 && (f.streams || r.FormValue("near") == "") {
+				f.streamed++
 				h.Set("X-Consul-Query-Backend", "streaming")
 				h.Set("X-Consul-Knownleader", "false")
 				h.Del("X-Consul-Results-Filtered-By-Acls")
@@ -322,7 +357,7 @@ func (f *fake) look(r *http.Request) (index uint64, body string, filtered bool, 
 					continue
 				}
 				for _, c := range i.checksOf(n) {
-					c["ModifyIndex"] = s.index
+					c["ModifyIndex"] = s.checks
 					out = append(out, c)
 				}
 			}
@@ -362,6 +397,9 @@ func (i fakeInstance) id(name string) string {
 }
 
 func (i fakeInstance) checksOf(name string) []map[string]any {
+	if i.unchecked {
+		return []map[string]any{}
+	}
 	out := []map[string]any{{
 		"Node": i.node, "CheckID": "serfHealth", "Name": "Serf Health Status", "Status": "passing", "ServiceID": "", "ServiceName": "",
 		"Output": "Agent alive and reachable", "ServiceTags": []string{}, "Definition": map[string]any{},

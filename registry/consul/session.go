@@ -34,8 +34,8 @@ const (
 	urgentReaders = 8
 	sweepReaders  = 4
 	// sweepRate is how many services per second are looked at because something, somewhere, changed. sweepBurst lets a
-	// single change be found at once.
-	sweepRate  = 500
+	// change after a quiet time be found at once.
+	sweepRate  = 400
 	sweepBurst = 1000
 
 	// minPause is the least time between two answers of one query, so that a flapping check costs little. The first
@@ -79,6 +79,11 @@ type session struct {
 	due       bool // a listing is to be reported once all its services have been read
 	synced    bool // a listing was reported
 
+	// unexplained are the versions of the catalog of which it is not known yet whose change made them. thorough says that
+	// several changes may have come at once, so that a sweep has to go on when one is found.
+	unexplained map[uint64]bool
+	thorough    bool
+
 	checking bool // the list of all checks is watched
 	checks   map[checkKey]check
 
@@ -103,6 +108,9 @@ type service struct {
 	stage stage
 	in    *queue // where it is queued
 	again *queue
+	// blank says that an answer without a token had no instances. Consul does not tell whether there are none or whether
+	// the anonymous token may not see them, so it is for the next listing to say.
+	blank bool
 	// doubtful says that a listing that the token's policies cut no longer has the service.
 	doubtful bool
 	readAt   time.Time // when the last answer came
@@ -152,18 +160,19 @@ func newSession(c *consul, server registry.Server, m *memory, sink registry.Sink
 		return nil, err
 	}
 	return &session{
-		consul:   c,
-		client:   cl,
-		memory:   m,
-		sink:     sink,
-		calls:    c.budget("calls", server, calls),
-		lists:    c.budget("lists", server, lists),
-		limiter:  rate.NewLimiter(sweepRate, sweepBurst),
-		events:   make(chan func()),
-		urgent:   queue{jobs: make(chan *service)},
-		sweep:    queue{jobs: make(chan *service)},
-		services: map[string]*service{},
-		relax:    registry.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
+		consul:      c,
+		client:      cl,
+		memory:      m,
+		sink:        sink,
+		calls:       c.budget("calls", server, calls),
+		lists:       c.budget("lists", server, lists),
+		limiter:     rate.NewLimiter(sweepRate, sweepBurst),
+		events:      make(chan func()),
+		urgent:      queue{jobs: make(chan *service)},
+		sweep:       queue{jobs: make(chan *service)},
+		services:    map[string]*service{},
+		unexplained: map[uint64]bool{},
+		relax:       registry.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
 	}, nil
 }
 
@@ -190,6 +199,10 @@ func (s *session) run(ctx context.Context) error {
 	for s.ended == nil {
 		urgentJobs, urgentJob := s.urgent.next()
 		sweepJobs, sweepJob := s.sweep.next()
+		if sweepJob == nil {
+			clear(s.unexplained)
+			s.thorough = false
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -226,12 +239,15 @@ func (s *session) list(ctx context.Context) {
 	var index uint64
 	backoff := registry.Backoff{Max: min(s.interval, maxBackoff)}
 	failures := 0
+	var quick time.Duration // what an answer takes that waits for nothing
 	for ctx.Err() == nil {
 		ask := index
 		if failures > 0 {
 			ask = 0 // waiting for a change would only prolong the gap
 		}
+		begun := time.Now()
 		names, m, err := s.listOnce(ctx, ask)
+		took := time.Since(begun)
 		if ctx.Err() != nil {
 			return
 		}
@@ -242,10 +258,13 @@ func (s *session) list(ctx context.Context) {
 			_ = registry.Sleep(ctx, backoff.Next())
 			continue
 		}
-		before := index
+		if ask == 0 && (quick == 0 || took < quick) {
+			quick = took
+		}
+		before, waited := index, ask > 0 && took > 2*quick+5*time.Millisecond
 		failures, index = 0, m.index
 		backoff.Reset()
-		s.do(ctx, func() { s.listed(names, m, before) })
+		s.do(ctx, func() { s.listed(names, m, before, waited) })
 		_ = registry.Sleep(ctx, min(pauseAfter(minPause, m.size), s.interval/20))
 	}
 }
@@ -277,8 +296,8 @@ func pauseAfter(least time.Duration, size int) time.Duration {
 // listFailed reports that the services could not be listed. An answer that is no success leaves all as it is, since the
 // next one tells what was missed. A broken connection ends the session, since the agent may come back as another one.
 func (s *session) listFailed(err error, failures int) {
-	var status *statusError
-	answered := errors.As(err, &status) || errors.Is(err, errUnproven)
+	status, ok := errors.AsType[*statusError](err)
+	answered := ok || errors.Is(err, errUnproven)
 	elsewhere := len(s.servers) > 1 && failures >= failover && (status == nil || status.code != http.StatusForbidden)
 	if !answered || elsewhere {
 		s.ended = err
@@ -292,8 +311,8 @@ func (s *session) listFailed(err error, failures int) {
 
 // tooMany reports whether the agent refused to answer since there are too many connections or requests.
 func tooMany(err error) bool {
-	var status *statusError
-	return errors.As(err, &status) && status.code == http.StatusTooManyRequests
+	status, ok := errors.AsType[*statusError](err)
+	return ok && status.code == http.StatusTooManyRequests
 }
 
 // yield gives half of the blocking queries up, those about the quietest services, and begins no new ones for a while.
@@ -307,17 +326,21 @@ func (s *session) yield() {
 	slices.SortFunc(list, func(a, b *service) int { return a.changed.Compare(b.changed) })
 	for _, sv := range list[:(len(list)+1)/2] {
 		s.unwatch(sv)
-		s.enqueue(&s.sweep, sv)
+		s.enqueue(&s.urgent, sv)
 	}
 	s.crowded = time.Now().Add(s.relax.Next())
 }
 
-// listed takes an answer to "which services are there", asked for with the index before.
-func (s *session) listed(names map[string][]string, m meta, before uint64) {
+// listed takes an answer to "which services are there", asked for with the index before. waited says that the query was
+// waiting when a change came, so that the answer tells of that one alone.
+func (s *session) listed(names map[string][]string, m meta, before uint64, waited bool) {
 	if m.index < before {
 		s.ended = fmt.Errorf("list services of consul at %s: %w from %d to %d: was the cluster restarted or restored?",
 			s.client.server, errReset, before, m.index)
 		return
+	}
+	if before > 0 && m.index != before {
+		s.search(m.index, waited)
 	}
 	if err := s.believable(names, m); err != nil {
 		s.sink.Fail(fmt.Errorf("list services of consul at %s: %w", s.client.server, err))
@@ -353,12 +376,13 @@ func (s *session) listed(names map[string][]string, m meta, before uint64) {
 			s.begin(name, true)
 			continue
 		}
+		if sv := s.services[name]; sv != nil {
+			s.affected(nil, sv.nodes)
+		}
+		s.explain(m.index)
 		s.forget(name)
 	}
 	mem.known = now
-	if before > 0 && m.index != before {
-		s.sweepAll()
-	}
 	s.due = true
 }
 
@@ -435,6 +459,40 @@ func (s *session) enqueue(q *queue, sv *service) {
 	}
 }
 
+// search looks for the service whose change made this version of the catalog, among those without a query of their own.
+// The catalog does not tell. Where several may have changed, all are read.
+func (s *session) search(index uint64, one bool) {
+	if one {
+		for _, sv := range s.services {
+			if sv.index == index {
+				return // its own query was faster
+			}
+		}
+		s.unexplained[index] = true
+	} else {
+		s.thorough = true
+	}
+	s.sweepAll()
+}
+
+// explain notes whose change made a version of the catalog. The sweep ends if nothing else is looked for; what it would
+// have read is read within the interval.
+func (s *session) explain(index uint64) {
+	if !s.unexplained[index] {
+		return
+	}
+	delete(s.unexplained, index)
+	if len(s.unexplained) > 0 || s.thorough {
+		return
+	}
+	for _, sv := range s.sweep.list {
+		if sv.stage == queued && sv.in == &s.sweep {
+			sv.stage = idle
+		}
+	}
+	s.sweep.list = nil
+}
+
 // sweepAll has all services read that are not watched, since any of them may have changed.
 func (s *session) sweepAll() {
 	list := make([]*service, 0, len(s.services))
@@ -450,6 +508,18 @@ func (s *session) sweepAll() {
 			s.enqueue(&s.urgent, sv)
 		} else {
 			s.enqueue(&s.sweep, sv)
+		}
+	}
+}
+
+// affected has those services read that are not watched and have one of the names, or instances on one of the nodes.
+func (s *session) affected(names map[string]bool, nodes []string) {
+	if len(names) == 0 && len(nodes) == 0 || s.watched == len(s.services) {
+		return
+	}
+	for _, sv := range s.services {
+		if names[sv.name] || slices.ContainsFunc(sv.nodes, func(n string) bool { return slices.Contains(nodes, n) }) {
+			s.enqueue(&s.urgent, sv)
 		}
 	}
 }
@@ -546,6 +616,14 @@ func (s *session) answered(sv *service, a answer) {
 		a.err = fmt.Errorf("read service %s of consul at %s: %w: the token may not read its instances: grant it service "+
 			"and node read", sv.name, s.client.server, errUnproven)
 	}
+	if blank := a.err == nil && a.anonymous && a.all == 0; blank && sv.blank {
+		a.err = fmt.Errorf("read service %s of consul at %s: %w: it has no instances though the service is listed: may the "+
+			"anonymous token read nodes? Name a Secret with the key consulToken in authSecretName", sv.name, s.client.server, errUnproven)
+	} else if sv.blank = blank; blank {
+		s.unwatch(sv)
+		sv.retryAt = time.Now().Add(sv.backoff.Next())
+		return
+	}
 	if a.err != nil {
 		s.sink.Fail(a.err, sv.name)
 		s.settle(sv)
@@ -577,7 +655,10 @@ func (s *session) answered(sv *service, a answer) {
 		}
 	}
 	s.settle(sv)
+	s.explain(a.index)
+	lost := slices.DeleteFunc(sv.nodes, func(n string) bool { return slices.Contains(a.nodes, n) })
 	sv.index, sv.filtered, sv.nodes = a.index, a.filtered, a.nodes
+	s.affected(nil, lost) // a node that is gone takes all its services away at once
 	if s.datacenter == "" && a.datacenter != "" {
 		s.memory.datacenter = a.datacenter
 	}
@@ -633,7 +714,7 @@ func (s *session) makeRoom(sv *service) {
 	}
 	s.madeRoom = time.Now()
 	s.unwatch(coldest) // its connection goes to sv, once the query has returned
-	s.enqueue(&s.sweep, coldest)
+	s.enqueue(&s.urgent, coldest)
 }
 
 // begun starts the blocking query of a service; it has a connection.
@@ -682,7 +763,7 @@ func (s *session) follow(ctx context.Context, sv *service, w *watch, index uint6
 			s.do(ctx, func() {
 				if sv.watch == w {
 					s.unwatch(sv)
-					s.enqueue(&s.sweep, sv)
+					s.enqueue(&s.urgent, sv)
 				}
 			})
 			return
@@ -743,13 +824,10 @@ func (s *session) checked(list []check, before uint64) {
 	for _, c := range old {
 		affect(c)
 	}
-	if before == 0 {
+	if before == 0 { // changes between the services' reads and now may have been missed
+		s.thorough = true
 		s.sweepAll()
 		return
 	}
-	for _, sv := range s.services {
-		if names[sv.name] || slices.ContainsFunc(sv.nodes, func(n string) bool { return nodes[n] }) {
-			s.enqueue(&s.urgent, sv)
-		}
-	}
+	s.affected(names, slices.Collect(maps.Keys(nodes)))
 }

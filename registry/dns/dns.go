@@ -28,7 +28,7 @@ func New(e registry.Entry, env registry.Env) (registry.Registry, error) {
 	if slices.ContainsFunc(registry.FieldErrors(err), func(f *registry.FieldError) bool { return !f.Partial }) {
 		return nil, err
 	}
-	interval := e.RefreshInterval.Or(registry.DefaultRefreshInterval)
+	interval := e.Interval()
 	if !s.resolve {
 		return &passthrough{service: s.passthrough(), interval: interval}, err
 	}

@@ -10,28 +10,35 @@ import (
 	"github.com/regbridge/regbridge/registry"
 )
 
-// needs makes a testcase's missing function of pairs: a phrase, and whether the backend can do it.
-type need struct {
-	what string
-	can  func(Backend) bool
+// What a case may need of the backend: each returns what is missing, empty if nothing is.
+
+func set(b Backend) string    { return unless(b.Set != nil, "change services") }
+func remove(b Backend) string { return unless(b.Remove != nil, "remove services") }
+func restart(b Backend) string {
+	return unless(b.Stop != nil && b.Restart != nil, "be stopped and started")
+}
+func wipe(b Backend) string   { return unless(b.Wipe != nil, "come back empty") }
+func refuse(b Backend) string { return unless(b.Refuse != nil, "refuse credentials") }
+func hang(b Backend) string   { return unless(b.Hang != nil, "hang") }
+func hangAt(b Backend) string {
+	return unless(b.HangAt != nil && b.Requests != nil, "hang at one request")
+}
+func anyNames(b Backend) string {
+	return unless(b.Set != nil && b.Services == nil, "have any number of services")
 }
 
-var (
-	set      = need{"change services", func(b Backend) bool { return b.Set != nil }}
-	remove   = need{"remove services", func(b Backend) bool { return b.Remove != nil }}
-	restart  = need{"be stopped and started", func(b Backend) bool { return b.Stop != nil && b.Restart != nil }}
-	wipe     = need{"come back empty", func(b Backend) bool { return b.Wipe != nil }}
-	refuse   = need{"refuse credentials", func(b Backend) bool { return b.Refuse != nil }}
-	hang     = need{"hang", func(b Backend) bool { return b.Hang != nil }}
-	hangAt   = need{"hang at one request", func(b Backend) bool { return b.HangAt != nil && b.Requests != nil }}
-	anyNames = need{"have any number of services", func(b Backend) bool { return b.Set != nil && b.Services == nil }}
-)
+func unless(can bool, what string) string {
+	if can {
+		return ""
+	}
+	return what
+}
 
-func needs(list ...need) func(Backend) string {
+func needs(list ...func(Backend) string) func(Backend) string {
 	return func(b Backend) string {
-		for _, n := range list {
-			if !n.can(b) {
-				return n.what
+		for _, need := range list {
+			if what := need(b); what != "" {
+				return what
 			}
 		}
 		return ""
@@ -421,7 +428,7 @@ func thousand(h *harness) {
 }
 
 func environment(h *harness) {
-	if os.Getenv("CONSUL_HTTP_TOKEN") != rubbish["CONSUL_HTTP_TOKEN"] {
+	if os.Getenv("CONSUL_HTTP_TOKEN") != rubbish()["CONSUL_HTTP_TOKEN"] {
 		h.Fatal("the environment is clean: let TestMain be registrytest.Main")
 	}
 	w := h.populate(min(3, h.most()))

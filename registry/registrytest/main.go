@@ -13,34 +13,36 @@ import (
 	"go.uber.org/goleak"
 )
 
-// rubbish are variables that libraries read and no adapter may. Values are as misleading as can be.
-var rubbish = map[string]string{
-	"CONSUL_HTTP_ADDR":                       "https://192.0.2.1:1",
-	"CONSUL_HTTP_TOKEN":                      "rubbish",
-	"CONSUL_HTTP_TOKEN_FILE":                 "/nonexistent/rubbish",
-	"CONSUL_HTTP_AUTH":                       "rubbish:rubbish",
-	"CONSUL_HTTP_SSL":                        "true",
-	"CONSUL_HTTP_SSL_VERIFY":                 "false",
-	"CONSUL_CACERT":                          "/nonexistent/rubbish",
-	"CONSUL_CAPATH":                          "/nonexistent/rubbish",
-	"CONSUL_CLIENT_CERT":                     "/nonexistent/rubbish",
-	"CONSUL_CLIENT_KEY":                      "/nonexistent/rubbish",
-	"CONSUL_TLS_SERVER_NAME":                 "rubbish",
-	"CONSUL_NAMESPACE":                       "rubbish",
-	"CONSUL_PARTITION":                       "rubbish",
-	"CONSUL_GRPC_ADDR":                       "192.0.2.1:1",
-	"nacos_serverAddr":                       "192.0.2.1:1",
-	"nacos_username":                         "rubbish",
-	"nacos_password":                         "rubbish",
-	"nacos_remote_client_rpc_tls_enable":     "true",
-	"nacos_remote_client_rpc_tls_mutualAuth": "true",
-	"nacos_remote_client_rpc_tls_trustCollectionChainPath": "/nonexistent/rubbish",
-	"nacos_remote_client_rpc_tls_certChainFile":            "/nonexistent/rubbish",
-	"nacos_remote_client_rpc_tls_certPrivateKey":           "/nonexistent/rubbish",
-	"LOCALDOMAIN": "rubbish.invalid",
-	"RES_OPTIONS": "ndots:9 timeout:1 attempts:1",
-	"NO_PROXY":    "",
-	"no_proxy":    "",
+// rubbish gives variables that libraries read and no adapter may. Values are as misleading as can be.
+func rubbish() map[string]string {
+	return map[string]string{
+		"CONSUL_HTTP_ADDR":                       "https://192.0.2.1:1",
+		"CONSUL_HTTP_TOKEN":                      "rubbish",
+		"CONSUL_HTTP_TOKEN_FILE":                 "/nonexistent/rubbish",
+		"CONSUL_HTTP_AUTH":                       "rubbish:rubbish",
+		"CONSUL_HTTP_SSL":                        "true",
+		"CONSUL_HTTP_SSL_VERIFY":                 "false",
+		"CONSUL_CACERT":                          "/nonexistent/rubbish",
+		"CONSUL_CAPATH":                          "/nonexistent/rubbish",
+		"CONSUL_CLIENT_CERT":                     "/nonexistent/rubbish",
+		"CONSUL_CLIENT_KEY":                      "/nonexistent/rubbish",
+		"CONSUL_TLS_SERVER_NAME":                 "rubbish",
+		"CONSUL_NAMESPACE":                       "rubbish",
+		"CONSUL_PARTITION":                       "rubbish",
+		"CONSUL_GRPC_ADDR":                       "192.0.2.1:1",
+		"nacos_serverAddr":                       "192.0.2.1:1",
+		"nacos_username":                         "rubbish",
+		"nacos_password":                         "rubbish",
+		"nacos_remote_client_rpc_tls_enable":     "true",
+		"nacos_remote_client_rpc_tls_mutualAuth": "true",
+		"nacos_remote_client_rpc_tls_trustCollectionChainPath": "/nonexistent/rubbish",
+		"nacos_remote_client_rpc_tls_certChainFile":            "/nonexistent/rubbish",
+		"nacos_remote_client_rpc_tls_certPrivateKey":           "/nonexistent/rubbish",
+		"LOCALDOMAIN": "rubbish.invalid",
+		"RES_OPTIONS": "ndots:9 timeout:1 attempts:1",
+		"NO_PROXY":    "",
+		"no_proxy":    "",
+	}
 }
 
 // hitsPath is where the proxy tells how many requests it got.
@@ -79,7 +81,7 @@ func (s *suite) Run() int {
 		_ = proxy.Close()
 		<-served
 	}()
-	for k, v := range rubbish {
+	for k, v := range rubbish() {
 		if err := os.Setenv(k, v); err != nil {
 			fmt.Fprintln(os.Stderr, "registrytest:", err)
 			return 1

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -132,7 +133,7 @@ func (r *Recorder) Delete(id string) {
 	var e *Event
 	if r.accept("Delete " + id) {
 		e = &Event{Kind: Delete, IDs: []string{id}, Removed: r.remove(id)}
-		r.listed = slices.DeleteFunc(r.listed, func(s string) bool { return s == id })
+		r.listed = slices.DeleteFunc(slices.Clone(r.listed), func(s string) bool { return s == id })
 	}
 	r.done(e)
 }
@@ -272,10 +273,11 @@ func fingerprint(s registry.Service) string {
 	if s.TLS != nil {
 		tls = s.TLS.SNI
 	}
-	out := fmt.Sprintf("%q %q %d %v %q", s.ID, s.Host, s.Port, s.TLS != nil, tls)
+	var out strings.Builder
+	fmt.Fprintf(&out, "%q %q %d %v %q", s.ID, s.Host, s.Port, s.TLS != nil, tls)
 	for _, i := range s.Instances {
-		out += fmt.Sprintf("\n%q %d %q %v %v %v %q %v %q", i.Address, i.Port, i.Protocol, i.Weight, i.Unhealthy, i.Disabled,
+		fmt.Fprintf(&out, "\n%q %d %q %v %v %v %q %v %q", i.Address, i.Port, i.Protocol, i.Weight, i.Unhealthy, i.Disabled,
 			i.Reason, i.Locality, i.Metadata.Encoded())
 	}
-	return out
+	return out.String()
 }

@@ -80,7 +80,6 @@ type harness struct {
 func newHarness(t *testing.T, c Config) *harness {
 	t.Helper()
 	h := &harness{T: t, c: c}
-	h.Chdir(t.TempDir()) // a file written to the working folder is found there
 	before := append([]goleak.Option{goleak.IgnoreCurrent()}, c.Leaks...)
 	t.Cleanup(func() { // after the backend has ended
 		if err := leaks(before); err != nil {
@@ -88,6 +87,7 @@ func newHarness(t *testing.T, c Config) *harness {
 		}
 	})
 	h.b = c.Start(t)
+	h.Chdir(t.TempDir()) // a file written to the working folder is found there
 	h.start = append([]goleak.Option{goleak.IgnoreCurrent()}, c.Leaks...)
 	t.Cleanup(func() {
 		if h.running != nil {

@@ -25,7 +25,7 @@ func New(e registry.Entry, _ registry.Env) (registry.Registry, error) {
 	if slices.ContainsFunc(registry.FieldErrors(err), func(f *registry.FieldError) bool { return !f.Partial }) {
 		return nil, err
 	}
-	return &static{service: service, interval: e.RefreshInterval.Or(registry.DefaultRefreshInterval)}, err
+	return &static{service: service, interval: e.Interval()}, err
 }
 
 // Run states the service at once, and again each refresh interval, as the contract asks for.

@@ -60,8 +60,10 @@ func (w *world) consulBridge(settings string) string {
 
 func (w *world) consulEntry(name, settings string) string {
 	host, port, _ := net.SplitHostPort(w.consul.Address)
-	return fmt.Sprintf("{type: consul, name: %s, domain: %s, port: %s, consulDatacenter: dc1, %s}",
-		name, host, port, cmp.Or(settings, "refreshInterval: 2s, guard: {settle: 2s, hold: 3s}"))
+	// Consul's own service would make Envoy listen on the port on which Consul itself does.
+	return fmt.Sprintf("{type: consul, name: %s, domain: %s, port: %s, consulDatacenter: dc1, "+
+		"vport: {services: [{name: consul.dc1.consul, value: %d}]}, %s}",
+		name, host, port, w.port, cmp.Or(settings, "refreshInterval: 2s, guard: {settle: 2s, hold: 3s}"))
 }
 
 func (w *world) startBridge(t *testing.T, o harness.RegbridgeOptions) {
@@ -124,13 +126,13 @@ func inConsul(service string) string { return service + ".dc1.consul" }
 
 func (w *world) url(host string) string { return "http://" + host + ":" + strconv.Itoa(w.port) + "/" }
 
-// noAnswer is an answer of Envoy in the place of an upstream.
-type noAnswer struct {
+// A statusError is an answer that is not 200: Envoy's own, since upstreams do not give others.
+type statusError struct {
 	status int
 	body   string
 }
 
-func (e *noAnswer) Error() string { return fmt.Sprintf("%d %s", e.status, e.body) }
+func (e *statusError) Error() string { return fmt.Sprintf("%d %s", e.status, e.body) }
 
 // ask sends one request through Envoy, and returns the name of the upstream that answered.
 func (w *world) ask(host string) (string, error) {
@@ -138,20 +140,20 @@ func (w *world) ask(host string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer resp.Body.Close() //nolint:errcheck // only read
+	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
 		return "", err
 	}
 	if resp.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("%s: %w", host, &noAnswer{resp.StatusCode, string(body)})
+		return "", fmt.Errorf("%s: %w", host, &statusError{resp.StatusCode, string(body)})
 	}
 	return string(body), nil
 }
 
 // unavailable tells whether an error of ask is Envoy's "503 no healthy upstream".
 func unavailable(err error) bool {
-	var e *noAnswer
+	var e *statusError
 	return errors.As(err, &e) && e.status == http.StatusServiceUnavailable && strings.Contains(e.body, "no healthy upstream")
 }
 
@@ -187,11 +189,15 @@ func (w *world) serves503(t *testing.T, host string) {
 		if err := w.has(host); err != nil {
 			return err
 		}
-		if services, err := w.istiod.Registryz(); err != nil || !slices.ContainsFunc(services, func(s harness.IstioService) bool { return s.Hostname == host }) {
-			return fmt.Errorf("istiod has no service %s any more (%v)", host, err)
+		hosts, err := w.hosts()
+		if err != nil {
+			return err
+		}
+		if !slices.Contains(hosts, host) {
+			return fmt.Errorf("istiod has no service %s any more", host)
 		}
 		if name, err := w.ask(host); !unavailable(err) {
-			return fmt.Errorf("%s is answered by %q, %v, want 503", host, name, err)
+			return fmt.Errorf("%s is answered by %q, want 503; error: %w", host, name, err)
 		}
 		return nil
 	})
@@ -364,6 +370,19 @@ func (w *world) soon(t *testing.T, host string, want func(name string, err error
 			t.Fatalf("%s still answers %q, %v", host, name, err)
 		}
 		<-tick.C
+	}
+}
+
+// quiet is a time for which regbridge and its reader of Consul do not collect changes any more: the next change is the first
+// after a quiet time.
+const quiet = 400 * time.Millisecond
+
+// pause lets time pass between two measurements. Nothing may depend on what happens meanwhile.
+func pause(t *testing.T, d time.Duration) {
+	t.Helper()
+	select {
+	case <-t.Context().Done():
+	case <-time.After(d):
 	}
 }
 
