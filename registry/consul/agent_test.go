@@ -96,9 +96,9 @@ func TestAgentConformance(t *testing.T) {
 				Set:         a.set,
 				Remove:      func(name string) { a.set(name) },
 				Stop:        a.Kill,
-				Restart:     func() { a.Consul.Restart(false) },
+				Restart:     func() { a.Restart(false) },
 				Wipe: func() {
-					a.Consul.Restart(true)
+					a.Restart(true)
 					a.held = map[string]map[string]bool{}
 					a.policy()
 					a.permit()
