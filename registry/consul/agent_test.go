@@ -89,8 +89,12 @@ func TestAgentConformance(t *testing.T) {
 			}
 			a.policy()
 			a.permit()
+			entry := func(server string) registry.Entry {
+				return registry.Entry{Type: "consul", Name: "test", Domain: server, AuthSecretName: "consul"}
+			}
 			return registrytest.Backend{
-				Entry:       registry.Entry{Type: "consul", Name: "test", Domain: a.Address, AuthSecretName: "consul"},
+				Entry:       entry(a.Address),
+				EntryAt:     entry,
 				Credentials: registry.Credentials{"token": agentToken},
 				Own:         []string{"consul"},
 				Set:         a.set,

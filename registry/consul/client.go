@@ -11,8 +11,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -38,6 +40,23 @@ type client struct {
 	base    url.URL
 	query   url.Values // of each request: data centre, namespace, partition
 	timeout time.Duration
+
+	mu     sync.Mutex
+	conns  map[*conn]bool // those that are open
+	closed bool
+}
+
+// conn is a connection that its client can close at any time.
+type conn struct {
+	net.Conn
+	client *client
+}
+
+func (c *conn) Close() error {
+	c.client.mu.Lock()
+	delete(c.client.conns, c)
+	c.client.mu.Unlock()
+	return c.Conn.Close()
 }
 
 // meta is what the headers of an answer say.
@@ -78,11 +97,10 @@ func (e *statusError) Error() string {
 var errUnproven = errors.New("the answer is not believed")
 
 func newClient(env registry.Env, server registry.Server, query url.Values, timeout time.Duration) (*client, error) {
-	c := &client{env: env, server: server, query: query, timeout: timeout}
+	c := &client{env: env, server: server, query: query, timeout: timeout, conns: map[*conn]bool{}}
 	c.base = url.URL{Scheme: "http", Host: server.String()}
-	dialer := &net.Dialer{Timeout: dialTimeout}
 	transport := &http.Transport{ // no Proxy: the environment has no say
-		DialContext:         dialer.DialContext,
+		DialContext:         c.dial,
 		MaxIdleConnsPerHost: idleConns,
 		IdleConnTimeout:     30 * time.Second,
 	}
@@ -93,20 +111,7 @@ func newClient(env registry.Env, server registry.Server, query url.Values, timeo
 	if config != nil {
 		c.base.Scheme = "https"
 		transport.ForceAttemptHTTP2 = true
-		transport.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
-			config, err := c.clientTLS() // current files and Secrets
-			if err != nil {
-				return nil, err
-			}
-			if config == nil {
-				return nil, errors.New("TLS was turned off")
-			}
-			config.NextProtos = []string{"h2", "http/1.1"}
-			if config.ServerName == "" {
-				config.ServerName = server.Host
-			}
-			return (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext(ctx, network, address)
-		}
+		transport.DialTLSContext = c.dialTLS
 	}
 	c.http = &http.Client{
 		Transport: transport,
@@ -127,8 +132,58 @@ func (c *client) clientTLS() (*tls.Config, error) {
 	return config, nil
 }
 
-// close ends the connections. It is called after the last request has returned.
-func (c *client) close() { c.http.CloseIdleConnections() }
+func (c *client) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	raw, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, errors.Join(net.ErrClosed, raw.Close())
+	}
+	wrapped := &conn{Conn: raw, client: c}
+	c.conns[wrapped] = true
+	return wrapped, nil
+}
+
+func (c *client) dialTLS(ctx context.Context, network, address string) (net.Conn, error) {
+	config, err := c.clientTLS() // current files and Secrets
+	if err != nil {
+		return nil, err
+	}
+	if config == nil {
+		return nil, errors.New("TLS was turned off")
+	}
+	config.NextProtos = []string{"h2", "http/1.1"}
+	if config.ServerName == "" {
+		config.ServerName = c.server.Host
+	}
+	raw, err := c.dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	secured := tls.Client(raw, config)
+	if err := secured.HandshakeContext(ctx); err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	return secured, nil
+}
+
+// close ends all connections. It is called after the last request has returned: the transport alone would keep
+// a connection of HTTP/2 for as long as it has not finished to abandon the requests that shared it.
+func (c *client) close() {
+	c.http.CloseIdleConnections()
+	c.mu.Lock()
+	c.closed = true
+	open := slices.Collect(maps.Keys(c.conns))
+	c.mu.Unlock()
+	for _, conn := range open {
+		_ = conn.Close()
+	}
+}
 
 // services lists the names of all services, each with the tags of all its instances. With an index that an earlier
 // answer gave, it waits for a newer one, but not longer than wait.

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -25,6 +24,20 @@ func TestConformance(t *testing.T) {
 	registrytest.Run(t, registrytest.Config{
 		New:   New,
 		Start: func(t *testing.T) registrytest.Backend { return newFake(t).backend() },
+	})
+}
+
+// TestConformanceOverTLS has all queries share connections.
+func TestConformanceOverTLS(t *testing.T) {
+	registrytest.Run(t, registrytest.Config{
+		New: New,
+		Start: func(t *testing.T) registrytest.Backend {
+			f := newTLSFake(t)
+			b := f.backend()
+			b.ClientTLS = f.trust()
+			return b
+		},
+		Skip: map[string]string{"one call hangs": "takes long, and plain HTTP has shown it"},
 	})
 }
 
@@ -577,7 +590,9 @@ func TestManyServices(t *testing.T) {
 		f.set(name(i), at(ip(i)))
 	}
 	env := testEnv(t, good)
-	recs := []*registrytest.Recorder{runWith(t, f.entry(), env), runWith(t, f.entry(), env)}
+	e := f.entry()
+	e.RefreshInterval = registry.Interval(10 * time.Minute)
+	recs := []*registrytest.Recorder{runWith(t, e, env), runWith(t, e, env)}
 	for _, rec := range recs {
 		wait(t, rec, "all services", func(s registrytest.State) bool { return s.Loaded && len(s.Services) == n+1 })
 	}
@@ -625,6 +640,9 @@ func TestManyServices(t *testing.T) {
 	for _, rec := range recs {
 		wait(t, rec, "two instances of each", instances(2))
 	}
+	f.await("quiet", func() bool { return f.listing == len(recs) })
+	// A query that comes back soon may have missed more than one change, and has everything read in any case.
+	_, _ = recs[0].Wait(time.Second, func(registrytest.State) bool { return false })
 	f.dropNode("doomed")
 	for _, rec := range recs {
 		wait(t, rec, "the end of a node", instances(1))
@@ -649,7 +667,7 @@ func TestManyServices(t *testing.T) {
 func TestCrowdedAgent(t *testing.T) {
 	for name, limit := range map[string]func(*fake){
 		"few connections":                     func(f *fake) { f.allowed = 40 },
-		"queries leave no room for a listing": func(f *fake) { f.busy = 20 },
+		"queries leave no room for a listing": func(f *fake) { f.busy = 60 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := newFake(t)
@@ -674,10 +692,7 @@ func TestCrowdedAgent(t *testing.T) {
 }
 
 func TestTLS(t *testing.T) {
-	f := newFake(t)
-	f.stop()
-	f.edit(func() { f.tls = &tls.Config{MinVersion: tls.VersionTLS12} })
-	f.start()
+	f := newTLSFake(t)
 	const n = 150
 	for i := range n {
 		f.set(fmt.Sprintf("service-%d", i), at(fmt.Sprintf("10.0.0.%d", i)))
@@ -688,22 +703,10 @@ func TestTLS(t *testing.T) {
 	unknown := runWith(t, quick(f.entry()), env)
 	wait(t, unknown, "a certificate that nobody vouches for", failed("", "certificate"))
 
-	trusted := x509.NewCertPool()
-	trusted.AddCert(f.server.Certificate())
-	env.ClientTLS = func() (*tls.Config, error) { return &tls.Config{RootCAs: trusted, MinVersion: tls.VersionTLS12}, nil }
+	env.ClientTLS = func() (*tls.Config, error) { return f.trust(), nil }
 	rec := runWith(t, f.entry(), env)
 	wait(t, rec, "all services", func(s registrytest.State) bool { return s.Loaded && len(s.Services) == n+1 })
-	waiting := func() (waiting int) {
-		f.edit(func() { waiting = f.waiting })
-		return waiting
-	}
-	// Each service has its query, since they share connections.
-	for deadline := time.Now().Add(limit); waiting() < n+2; {
-		if time.Now().After(deadline) {
-			t.Fatalf("%d queries wait, not %d", waiting(), n+2)
-		}
-		runtime.Gosched()
-	}
+	f.await("a query per service, since they share connections", func() bool { return f.waiting >= n+2 })
 	f.edit(func() {
 		if len(f.conns) > 3 {
 			t.Errorf("%d connections for %d queries", len(f.conns), f.waiting)

@@ -4,11 +4,13 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,6 +23,8 @@ import (
 )
 
 const goodToken = "0a1b2c3d-secret-token-of-the-tests"
+
+const catalogPath = "/v1/catalog/services"
 
 // fake speaks the part of Consul's HTTP API that the adapter uses, as an agent 1.15.4 was seen to: an index per service,
 // one of the catalog, which a check's change leaves alone, one of all checks; blocking queries; policies; the limit of
@@ -43,6 +47,7 @@ type fake struct {
 	hung     chan struct{}
 	seen     int
 	waiting  int  // blocking queries
+	listing  int  // blocking queries for the catalog
 	streamed int  // answers from streams
 	bare     bool // no headers of Consul
 	streams  bool // streams even what it cannot
@@ -50,7 +55,7 @@ type fake struct {
 	conns    map[net.Conn]bool // whether the connection was one too many
 	most     int               // connections at once
 	allowed  int               // connections at once before requests are refused
-	busy     int               // blocking queries at once before any request is refused, if above 0
+	busy     int               // blocking queries at once before the catalog is refused, if above 0
 
 	address string
 	tls     *tls.Config
@@ -91,6 +96,23 @@ func newFake(t *testing.T) *fake {
 	f.start()
 	t.Cleanup(f.stop)
 	return f
+}
+
+// newTLSFake is a fake that is reached by TLS.
+func newTLSFake(t *testing.T) *fake {
+	t.Helper()
+	f := newFake(t)
+	f.stop()
+	f.edit(func() { f.tls = &tls.Config{MinVersion: tls.VersionTLS12} })
+	f.start()
+	return f
+}
+
+// trust is the client's side of a TLS fake.
+func (f *fake) trust() *tls.Config {
+	pool := x509.NewCertPool()
+	pool.AddCert(f.server.Certificate())
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 }
 
 func (f *fake) start() {
@@ -248,7 +270,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
-	crowded := f.conns[conn] || f.busy > 0 && f.waiting >= f.busy
+	crowded := f.conns[conn] || f.busy > 0 && f.waiting > f.busy && r.URL.Path == catalogPath
 	code := 0
 	for prefix, c := range f.status {
 		if strings.HasPrefix(r.URL.Path, prefix) {
@@ -281,6 +303,9 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 		if code == 0 && index <= after && !expired {
 			changed := f.changed
 			f.waiting++
+			if r.URL.Path == catalogPath {
+				f.listing++
+			}
 			f.mu.Unlock()
 			select {
 			case <-changed:
@@ -288,7 +313,12 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 				expired = true
 			case <-r.Context().Done():
 			}
-			f.edit(func() { f.waiting-- })
+			f.edit(func() {
+				f.waiting--
+				if r.URL.Path == catalogPath {
+					f.listing--
+				}
+			})
 			if r.Context().Err() != nil {
 				return
 			}
@@ -333,7 +363,7 @@ func (f *fake) look(r *http.Request) (index uint64, body string, filtered bool, 
 	}
 	name, isService := strings.CutPrefix(r.URL.Path, "/v1/health/service/")
 	switch {
-	case r.URL.Path == "/v1/catalog/services":
+	case r.URL.Path == catalogPath:
 		index = f.catalog
 		out := map[string][]string{}
 		for n, s := range f.services {
@@ -488,5 +518,20 @@ func (f *fake) backend() registrytest.Backend {
 			e.Domain = hostport
 			return e
 		},
+	}
+}
+
+// await waits until ok, which sees the fake unchanged, is true.
+func (f *fake) await(what string, ok func() bool) {
+	f.t.Helper()
+	for deadline := time.Now().Add(limit); ; runtime.Gosched() {
+		done := false
+		f.edit(func() { done = ok() })
+		switch {
+		case done:
+			return
+		case time.Now().After(deadline):
+			f.t.Fatalf("waited in vain for %s", what)
+		}
 	}
 }

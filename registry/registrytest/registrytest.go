@@ -11,6 +11,7 @@
 package registrytest
 
 import (
+	"crypto/tls"
 	"testing"
 	"time"
 
@@ -44,6 +45,8 @@ type Backend struct {
 	Entry registry.Entry
 	// Credentials are what the entry's Secret holds. The suite checks that no error shows them.
 	Credentials registry.Credentials
+	// ClientTLS is how to reach the backend, nil for plain text.
+	ClientTLS *tls.Config
 
 	// Services are the names that Set takes, or, where Set is nil, the names of what the backend holds for ever. Nil
 	// means that any name goes.

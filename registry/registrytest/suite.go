@@ -8,7 +8,10 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"path"
 	"path/filepath"
+	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -74,6 +77,7 @@ type harness struct {
 	stop    context.CancelFunc
 	running chan struct{} // closed when Run has returned
 	err     error         // of Run
+	stray   string        // a goroutine of the adapter that was there when Run returned
 	wiped   bool          // the backend was stopped, so its goroutines are not those of the beginning
 }
 
@@ -96,13 +100,36 @@ func newHarness(t *testing.T, c Config) *harness {
 	})
 	h.env = registry.Env{
 		Credentials: func() (registry.Credentials, error) { return maps.Clone(h.b.Credentials), nil },
-		ClientTLS:   func() (*tls.Config, error) { return nil, nil },
+		ClientTLS:   func() (*tls.Config, error) { return h.b.ClientTLS.Clone(), nil },
 		Logger:      slog.New(slog.NewTextHandler(&testWriter{t: t, secrets: h.b.Credentials}, nil)),
 		Observe:     func(string, time.Duration, error) {},
 		Dir:         t.TempDir(),
 		Budgets:     &registry.Budgets{},
 	}
 	return h
+}
+
+// strays returns the stack of a goroutine that is in the code of the constructor's package, other than its tests, and
+// stays there for longer than a goroutine takes to end that has said that it is done.
+func strays(constructor any) string {
+	name := runtime.FuncForPC(reflect.ValueOf(constructor).Pointer()).Name()
+	folder := path.Base(name[:strings.LastIndexByte(name, '.')]) // the last part of the import path
+	buf := make([]byte, 4<<20)
+	for deadline := time.Now().Add(50 * time.Millisecond); ; runtime.Gosched() {
+		found := ""
+		for stack := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+			frames, _, _ := strings.Cut(stack, "\ncreated by ")
+			for line := range strings.SplitSeq(frames, "\n") {
+				file, _, _ := strings.Cut(strings.TrimSpace(line), ".go:")
+				if path.Base(path.Dir(file)) == folder && path.IsAbs(file) && !strings.HasSuffix(file, "_test") {
+					found = stack
+				}
+			}
+		}
+		if found == "" || time.Now().After(deadline) {
+			return found
+		}
+	}
 }
 
 // leaks looks for goroutines that are left, and gives connections time to be torn down at the other end too.
@@ -165,6 +192,7 @@ func (h *harness) runAgain(reg registry.Registry) {
 		defer close(running)
 		h.err = reg.Run(ctx, rec)
 		rec.Returned()
+		h.stray = strays(h.c.New)
 	}()
 }
 
@@ -184,6 +212,9 @@ func (h *harness) end() {
 	}
 	if h.err != nil {
 		h.Errorf("Run returned %v; once its context has ended it returns nil", h.err)
+	}
+	if h.stray != "" {
+		h.Errorf("a goroutine of the adapter was left when Run returned:\n%s", h.stray)
 	}
 	if !h.wiped {
 		if err := leaks(h.start); err != nil {
