@@ -75,7 +75,8 @@ type Bridge struct {
 	config  Config
 	runners map[Key]*runner
 	opened  bool
-	swept   bool // snapshots of registries that are gone have been looked for
+	readAt  time.Time // when the configuration was first read completely
+	swept   bool      // snapshots of registries that are gone have been looked for
 
 	runs runs // all Runs, also of entries that are gone
 }
@@ -175,7 +176,7 @@ func (b *Bridge) complete(now time.Time) (bool, time.Time) {
 	if b.opened || !b.config.Read {
 		return false, time.Time{}
 	}
-	deadline := b.started.Add(b.opts.FirstAnswerDeadline)
+	deadline := b.readAt.Add(b.opts.FirstAnswerDeadline) // before, nobody could read a registry
 	if now.Before(deadline) && len(b.waitedFor()) > 0 {
 		return false, deadline
 	}
@@ -266,7 +267,10 @@ func (b *Bridge) configure(ctx context.Context, c Config) {
 	}
 	b.store.setOrder(wanted)
 	b.config = c
-	if c.Read {
+	if c.Read && b.readAt.IsZero() {
+		b.readAt = time.Now()
+	}
+	if c.Read && len(c.Registries) > 0 { // an empty configuration may be a volume that is not mounted
 		b.sweepSnapshots()
 	}
 	b.store.wakeUp()

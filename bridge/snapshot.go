@@ -154,6 +154,9 @@ func (r *registryState) snapshot() (snapshotHeader, []serviceState) {
 }
 
 func writeAtomically(path string, content func(io.Writer) error) (err error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil { // somebody may have deleted it
+		return err
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), snapshotTemp+"*")
 	if err != nil {
 		return err

@@ -101,6 +101,14 @@ func TestParseServers(t *testing.T) {
 	}
 }
 
+func TestParseServersRepeatsNoPassword(t *testing.T) {
+	for _, item := range []string{"user:hunter2@host:1", "http://user:hunter2@host", "hunter2@"} {
+		if _, err := ParseServers("domain", item, 1); err == nil || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", item, err)
+		}
+	}
+}
+
 func FuzzParseServers(f *testing.F) {
 	f.Add("a:1,[::1]:2, 10.0.0.1")
 	f.Fuzz(func(t *testing.T, list string) {

@@ -47,6 +47,9 @@ func ParseServers(path, list string, defaultPort uint32) ([]Server, error) {
 }
 
 func parseServer(item string, defaultPort uint32) (Server, error) {
+	if strings.Contains(item, "@") { // what stands before it may be a password, so the item is not repeated
+		return Server{}, errors.New("holds a user name or password: write host:port alone, and name a Secret in authSecretName")
+	}
 	if strings.Contains(item, "://") {
 		return Server{}, fmt.Errorf("%q is a URL: write host:port alone, and use tls for TLS", item)
 	}
