@@ -28,6 +28,7 @@ const (
 	ReasonSameHost      Reason = "same-host"
 	ReasonNoPort        Reason = "no-port"
 	ReasonQuarantined   Reason = "quarantined"
+	ReasonNoVIP         Reason = "no-vip" // the service is published, but without the address that it needs
 )
 
 // A LeftOut is an instance, or with an empty address a whole service, that is not published, and why.

@@ -78,6 +78,8 @@ type Bridge struct {
 	readAt  time.Time // when the configuration was first read completely
 	swept   bool      // snapshots of registries that are gone have been looked for
 
+	rechecks sync.Mutex // held while Secrets and TLS files are compared with those in use
+
 	runs runs // all Runs, also of entries that are gone
 }
 
@@ -309,10 +311,26 @@ func (b *Bridge) watchFiles(ctx context.Context) error {
 
 // SecretsChanged makes registries whose credentials changed connect anew. It is called when Secrets may have changed.
 func (b *Bridge) SecretsChanged() {
+	b.rechecks.Lock()
+	defer b.rechecks.Unlock()
 	b.mu.Lock()
-	defer b.mu.Unlock()
+	configs := map[*runner]RegistryConfig{}
 	for _, run := range b.runners {
-		run.recheck()
+		if run.running {
+			configs[run] = run.config
+		}
+	}
+	b.mu.Unlock()
+	for run, rc := range configs {
+		identity, err := run.identify(rc) // reads files, so without the lock
+		if err != nil {
+			continue
+		}
+		b.mu.Lock()
+		if b.runners[rc.Key] == run && sameEntry(run.config.Entry, rc.Entry) {
+			run.identified(identity)
+		}
+		b.mu.Unlock()
 	}
 }
 

@@ -21,6 +21,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -113,6 +114,10 @@ func TestClientTLS(t *testing.T) {
 		return path
 	}
 	certFile, keyFile, badFile := file("tls.crt", cert), file("tls.key", key), file("bad.pem", "s3cret, not PEM")
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	off := false
 	for name, c := range map[string]struct {
 		tls    *registry.TLS
@@ -138,6 +143,8 @@ func TestClientTLS(t *testing.T) {
 			func(c *tls.Config) bool { return c.RootCAs != nil }},
 		"missing secret":      {&registry.TLS{SecretName: "other"}, nil, "secret ns/other", nil},
 		"missing file":        {&registry.TLS{CAFile: filepath.Join(dir, "nowhere")}, nil, "nowhere", nil},
+		"pipe":                {&registry.TLS{CAFile: pipe}, nil, "no regular file", nil},
+		"endless file":        {&registry.TLS{CertFile: certFile, KeyFile: "/dev/zero"}, nil, "/dev/zero", nil},
 		"bad CA file":         {&registry.TLS{CAFile: badFile}, nil, badFile, nil},
 		"bad CA in secret":    {&registry.TLS{SecretName: "tls"}, registry.Credentials{"ca.crt": "s3cret"}, "ca.crt of secret tls", nil},
 		"bad certificate":     {&registry.TLS{CertFile: badFile, KeyFile: keyFile}, nil, "client certificate", nil},
@@ -151,6 +158,9 @@ func TestClientTLS(t *testing.T) {
 				secrets.m["tls"] = c.secret
 			}
 			run := newRunner(&Bridge{opts: Options{Secrets: secrets, Logger: slog.New(slog.DiscardHandler)}}, Key{Namespace: "ns"}, 0)
+			if _, err := run.identify(RegistryConfig{Entry: registry.Entry{TLS: c.tls}}); err != nil && c.err == "" {
+				t.Errorf("identify: %v", err)
+			}
 			got, err := run.clientTLS(c.tls)
 			if c.err == "" {
 				if err != nil || !c.check(got) {

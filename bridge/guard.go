@@ -71,6 +71,8 @@ type held struct {
 	kind  HoldKind
 	since time.Time
 	until time.Time // not while the registry's gap is open
+	// readable is how long the registry could have listed it since, up to the last gap.
+	readable time.Duration
 }
 
 // loss is an endpoint that vanished without a word.

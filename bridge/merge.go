@@ -16,6 +16,7 @@ type contribution struct {
 	port      remembered
 	tls       *mcp.TLS
 	endpoints []endpoint // sorted by address and port, unique
+	lingers   bool       // the registry deleted the service
 }
 
 // equal reports whether two contributions publish the same.
@@ -24,7 +25,8 @@ func (c *contribution) equal(o *contribution) bool {
 		return c == o
 	}
 	sameTLS := c.tls == o.tls || c.tls != nil && o.tls != nil && *c.tls == *o.tls
-	return c.id == o.id && c.host == o.host && c.port == o.port && sameTLS && slices.Equal(c.endpoints, o.endpoints)
+	return c.id == o.id && c.host == o.host && c.port == o.port && c.lingers == o.lingers && sameTLS &&
+		slices.Equal(c.endpoints, o.endpoints)
 }
 
 // claim is a contribution and whose it is.
@@ -36,15 +38,17 @@ type claim struct {
 // merge makes one service of what all registries say about its host. The claims are in configuration order, within a
 // registry by id. It returns false, and why, if there is nothing to publish. What is left out is reported per claim.
 //
-// Within one registry two services with the same host are different services: the lower id is published. Across
+// Within one registry two services with the same host are different services: the first is published. Across
 // registries they are one: the first gives the host and its name, the first that has endpoints port and protocol.
 func merge(claims []claim) (mcp.Service, map[claim][]LeftOut) {
 	left := map[claim][]LeftOut{}
 	var used []claim
 	for _, c := range claims {
 		if n := len(used); n > 0 && used[n-1].registry == c.registry {
-			left[c] = append(left[c], LeftOut{Service: c.id, Reason: ReasonSameHost,
-				Detail: "host " + c.host + " belongs to service " + used[n-1].id})
+			if !c.lingers {
+				left[c] = append(left[c], LeftOut{Service: c.id, Reason: ReasonSameHost,
+					Detail: "host " + c.host + " belongs to service " + used[n-1].id})
+			}
 			continue
 		}
 		if c.port.port == 0 {
@@ -152,7 +156,16 @@ func isWhole(w float64) bool {
 	return whole >= 1 && math.Abs(w-whole) <= 1e-9*whole
 }
 
-// compareClaims orders claims on one host.
+// compareClaims orders claims on one host. A service that only lingers does not stand in the way of another one of its
+// registry, which may be the same under a new name.
 func compareClaims(a, b claim) int {
-	return cmp.Or(cmp.Compare(a.registry.order, b.registry.order), cmp.Compare(a.id, b.id))
+	switch order := cmp.Compare(a.registry.order, b.registry.order); {
+	case order != 0:
+		return order
+	case a.lingers != b.lingers && b.lingers:
+		return -1
+	case a.lingers != b.lingers:
+		return 1
+	}
+	return cmp.Compare(a.id, b.id)
 }

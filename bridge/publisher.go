@@ -114,7 +114,7 @@ func (p *publisher) renew(host string, claims []claim, before *published) (now *
 		now.good = now.service
 	} else {
 		now.quarantined = err
-		quarantine(claims, left, err)
+		tell(claims, left, ReasonQuarantined, err.Error())
 		now.service, resources = mcp.Service{}, nil
 		if before != nil && before.good.Host != "" {
 			now.good = before.good
@@ -128,6 +128,9 @@ func (p *publisher) renew(host string, claims []claim, before *published) (now *
 	}
 	if now.service.Host == "" {
 		moved = append(moved, p.vips.release(host)...)
+	} else if p.renderer.NeedsVIP(now.service) && !now.service.VIP.IsValid() {
+		tell(claims, left, ReasonNoVIP, "the range of virtual addresses is full, so sidecars cannot tell it from other TCP services "+
+			"on its port: set a larger --vip-range")
 	}
 	for i, r := range resources {
 		now.resources = append(now.resources, xds.Ref{Type: r.Type, Name: r.Name})
@@ -151,12 +154,12 @@ func (p *publisher) render(host string, s *mcp.Service) (resources []xds.Resourc
 	return resources, moved, err
 }
 
-// quarantine names the services that the reader would refuse.
-func quarantine(claims []claim, left map[claim][]LeftOut, err error) {
+// tell notes something about the services that are published under one host.
+func tell(claims []claim, left map[claim][]LeftOut, reason Reason, detail string) {
 	for _, c := range claims {
 		whole := slices.ContainsFunc(left[c], func(l LeftOut) bool { return l.Address == "" })
 		if !whole {
-			left[c] = append(left[c], LeftOut{Service: c.id, Reason: ReasonQuarantined, Detail: err.Error()})
+			left[c] = append(left[c], LeftOut{Service: c.id, Reason: reason, Detail: detail})
 		}
 	}
 }

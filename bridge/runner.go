@@ -19,7 +19,11 @@ import (
 	"time"
 
 	"github.com/regbridge/regbridge/registry"
+	"github.com/regbridge/regbridge/regularfile"
 )
+
+// maxTLSFile bounds a certificate, key or bundle of CAs, in bytes.
+const maxTLSFile = 1 << 20
 
 // runner supervises one registry: it runs the adapter again after errors and panics, and with new credentials.
 type runner struct {
@@ -281,15 +285,12 @@ func (run *runner) setProblem(identity string, err error) {
 	}
 }
 
-// recheck makes the registry connect anew if its credentials or certificates are not what they were.
-func (run *runner) recheck() {
-	if !run.running {
-		return
-	}
-	identity, err := run.identify(run.config)
+// identified makes the registry connect anew if its credentials and certificates, whose digest it gets, are not what they
+// were.
+func (run *runner) identified(identity string) {
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	if err != nil || identity == run.identity {
+	if identity == run.identity {
 		return
 	}
 	if run.identity != "" { // else nothing has run yet, for want of credentials
@@ -317,7 +318,7 @@ func (run *runner) identify(rc RegistryConfig) (string, error) {
 			if file == "" {
 				continue
 			}
-			content, err := os.ReadFile(file)
+			content, err := regularfile.Read(file, maxTLSFile)
 			if err != nil {
 				return "", fmt.Errorf("read a TLS file of the registry: %w", err)
 			}
@@ -412,7 +413,7 @@ func (run *runner) clientTLS(t *registry.TLS) (*tls.Config, error) {
 		if f.name == "" {
 			continue
 		}
-		content, err := os.ReadFile(f.name)
+		content, err := regularfile.Read(f.name, maxTLSFile)
 		if err != nil {
 			return nil, fmt.Errorf("read a TLS file of the registry: %w", err)
 		}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"maps"
 	"os"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -79,6 +80,7 @@ type world struct {
 	registries map[string]*scripted
 	deadline   time.Duration
 	dialect    istio.Dialect
+	vipRange   netip.Prefix
 
 	// Go tests may set these before start.
 	renderer Renderer                      // in place of the dialect's
@@ -127,7 +129,7 @@ func (w *world) start() {
 	b, err := New(Options{
 		Types: map[string]Constructor{"script": construct}, Source: w, Secrets: w.secrets, Mesh: w.mesh,
 		Renderer: renderer, StateDir: w.stateDir, TempDir: w.tempDir,
-		FirstAnswerDeadline: w.deadline, Coalesce: DefaultCoalesce,
+		FirstAnswerDeadline: w.deadline, Coalesce: DefaultCoalesce, VIPRange: w.vipRange,
 		Logger:     slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Registerer: w.metrics,
 	})
@@ -379,6 +381,8 @@ func (w *world) do(words []string) {
 		w.apply()
 	case "dialect":
 		w.dialect, _ = istio.ParseDialect(args[0], "higress-system")
+	case "vip-range":
+		w.vipRange = netip.MustParsePrefix(args[0])
 	case "deadline":
 		w.deadline = must(time.ParseDuration(args[0]))
 	case "entry":

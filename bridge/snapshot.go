@@ -20,6 +20,7 @@ import (
 	"github.com/regbridge/regbridge/labels"
 	"github.com/regbridge/regbridge/mcp"
 	"github.com/regbridge/regbridge/registry"
+	"github.com/regbridge/regbridge/regularfile"
 )
 
 // snapshots keeps what each registry said in a folder, so that our restart forgets nothing. One file holds one registry:
@@ -37,6 +38,7 @@ const (
 	snapshotMagic  = "regbridge-snapshot 1 "
 	snapshotSuffix = ".snapshot"
 	snapshotTemp   = ".unfinished-"
+	maxSnapshot    = 8 << 30 // bytes
 	// snapshotPeriod is the shortest time between two rounds of writing; a round that takes long makes it longer, so
 	// that writing takes at most a twentieth of the time.
 	snapshotPeriod = 5 * time.Second
@@ -88,6 +90,7 @@ type snapshotHeld struct {
 	Restored                    bool
 	Kind                        string
 	Since, Until                time.Time
+	Readable                    time.Duration
 }
 
 func openSnapshots(dir string) (*snapshots, error) {
@@ -230,7 +233,7 @@ func recordOf(s *serviceState, table map[labels.Set]int) *snapshotRecord {
 		rec.Held = append(rec.Held, snapshotHeld{
 			Address: h.address, Protocol: string(h.had.protocol), Locality: h.locality, Port: h.port, HadPort: h.had.port,
 			Implicit: h.implicit, Weight: h.weight, Labels: number(h.labels), Restored: h.restored, Kind: string(h.kind),
-			Since: h.since, Until: h.until,
+			Since: h.since, Until: h.until, Readable: h.readable,
 		})
 	}
 	slices.SortFunc(rec.Held, func(a, b snapshotHeld) int {
@@ -241,7 +244,7 @@ func recordOf(s *serviceState, table map[labels.Set]int) *snapshotRecord {
 
 // read loads the snapshot of a registry. Without one it returns an error that wraps os.ErrNotExist.
 func (s *snapshots) read(key Key) (snapshotHeader, map[string]*serviceState, error) {
-	content, err := os.ReadFile(s.path(key))
+	content, err := regularfile.Read(s.path(key), maxSnapshot)
 	if err != nil {
 		return snapshotHeader{}, nil, err
 	}
@@ -324,7 +327,7 @@ func (rec *snapshotRecord) state(table []labels.Set) (*serviceState, error) {
 		}
 		st.held[e.key()] = held{
 			loss: loss{id: rec.ID, endpoint: e, had: remembered{h.HadPort, mcp.Protocol(h.Protocol)}, restored: h.Restored},
-			kind: HoldKind(h.Kind), since: h.Since, until: h.Until,
+			kind: HoldKind(h.Kind), since: h.Since, until: h.Until, readable: h.Readable,
 		}
 	}
 	return st, nil

@@ -11,6 +11,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -38,7 +39,7 @@ func fullSnapshot() (snapshotHeader, []serviceState) {
 				}},
 				known: true, restored: true, confirmed: at(4), gap: gap{at(5), at(6)}, had: remembered{80, mcp.GRPC},
 				held: map[endpointKey]held{e.key(): {
-					loss: loss{id: "order", endpoint: e, had: remembered{81, mcp.HTTP}, restored: true}, kind: HoldMass, since: at(7), until: at(8),
+					loss: loss{id: "order", endpoint: e, had: remembered{81, mcp.HTTP}, restored: true}, kind: HoldMass, since: at(7), until: at(8), readable: 3 * time.Second,
 				}},
 			},
 			{
@@ -218,5 +219,20 @@ func TestSnapshotFromTheFuture(t *testing.T) {
 	}
 	if _, covered := r.gap.covers(now, now.Add(time.Minute), time.Minute); covered {
 		t.Error("the gap covers what was seen after it")
+	}
+}
+
+// TestSnapshotThatIsAPipe holds that something strange in the snapshot's place cannot keep us from starting.
+func TestSnapshotThatIsAPipe(t *testing.T) {
+	s, err := openSnapshots(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := Key{"ns", "bridge", "test", "a"}
+	if err := syscall.Mkfifo(s.path(key), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.read(key); err == nil || !strings.Contains(err.Error(), "no regular file") {
+		t.Errorf("reading a pipe: %v", err)
 	}
 }

@@ -510,6 +510,7 @@ func (r *registryState) fail(err error, ids []string, now time.Time) {
 		delete(r.pending, id)
 		if s := r.services[id]; s != nil {
 			if !s.gap.open() {
+				r.countReadable(s, now)
 				r.version++
 			}
 			s.gap.begin(now)
@@ -527,37 +528,61 @@ func (r *registryState) reconnect(now time.Time) {
 // beginGap notes that from now on changes may be missed.
 func (r *registryState) beginGap(now time.Time) {
 	if !r.gap.open() { // a snapshot has to know of the gap; when exactly it began makes no difference
+		for id := range r.holding {
+			r.countReadable(r.services[id], now)
+		}
 		r.version++
 	}
 	r.gap.begin(now)
 }
 
-// endGap ends the registry's gap. While it was open nothing that is held could end, and now everything held waits at least
-// until providers had the time to register again.
+// countReadable notes, before a gap begins, how long the registry could be read since the last one without listing what is
+// held of the service.
+func (r *registryState) countReadable(s *serviceState, now time.Time) {
+	if r.frozen(s) {
+		return
+	}
+	for k, h := range s.held {
+		from := h.since
+		for _, end := range []time.Time{r.gap.end, s.gap.end} {
+			if end.After(from) {
+				from = end
+			}
+		}
+		h.readable += now.Sub(from)
+		s.held[k] = h
+	}
+}
+
+// endGap ends the registry's gap. While it was open nothing that is held could end, and now everything held waits until
+// providers had the time to register again.
 func (r *registryState) endGap(now time.Time) {
 	r.gap.end = now
 	r.version++
 	for id := range r.timed {
-		r.services[id].extendHolds(now.Add(r.policy.guard.settle))
+		r.extendHolds(r.services[id], now)
 	}
-	r.wakeAt(now.Add(r.policy.guard.settle))
 }
 
 func (r *registryState) endGapOf(s *serviceState, now time.Time) {
 	if s.gap.open() {
 		s.gap.end = now
 		r.version++
-		s.extendHolds(now.Add(r.policy.guard.settle))
-		r.wakeAt(now.Add(r.policy.guard.settle))
+		r.extendHolds(s, now)
 	}
 }
 
-func (s *serviceState) extendHolds(until time.Time) {
+// extendHolds makes what is held wait for a settle time from now on, but for no more than a hold in all of the time in
+// which the registry can be read: one that fails again and again would otherwise keep it for ever.
+func (r *registryState) extendHolds(s *serviceState, now time.Time) {
+	guard := r.policy.guard
 	for k, h := range s.held {
-		if h.until.Before(until) {
+		wait := min(guard.settle, max(0, max(guard.hold, guard.settle)-h.readable))
+		if until := now.Add(wait); h.until.Before(until) {
 			h.until = until
 			s.held[k] = h
 		}
+		r.wakeAt(h.until)
 	}
 }
 
@@ -703,7 +728,7 @@ func (r *registryState) settleOut(id string, s *serviceState, now time.Time) {
 func (r *registryState) contribution(id string, s *serviceState) *contribution {
 	own := cmp.Or(s.facts.Port, s.had.port)
 	c := &contribution{
-		id: id, host: s.facts.Host, endpoints: s.live,
+		id: id, host: s.facts.Host, endpoints: s.live, lingers: !s.linger.IsZero(),
 		port: remembered{r.policy.publishedPort(s.facts.Host, own), cmp.Or(s.had.protocol, r.policy.protocol)},
 	}
 	if s.facts.TLS != nil {

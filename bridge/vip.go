@@ -16,10 +16,11 @@ type vipPool struct {
 	size   uint64                  // usable addresses after base
 	owners map[netip.Addr]string   // who has it
 	wanted map[netip.Addr][]string // who had to go on from it, besides the owner
-	has    map[string][]netip.Addr // a host's candidates so far; the last is the one it has
+	has    map[string][]netip.Addr // a host's candidates so far; it has the last, or none if others have them all
 }
 
-// maxProbes bounds the candidates of one host; with a range that is not nearly full it is never reached.
+// maxProbes bounds the candidates of one host; with a range that is not nearly full it is never reached. A host that is
+// left without an address waits for any of its candidates.
 const maxProbes = 64
 
 func newVIPPool(prefix netip.Prefix) *vipPool {
@@ -33,17 +34,18 @@ func newVIPPool(prefix netip.Prefix) *vipPool {
 
 // claim returns the host's address, which is invalid if the range is full, and the hosts that must take another one.
 func (p *vipPool) claim(host string) (netip.Addr, []string) {
-	if c := p.has[host]; len(c) > 0 {
-		return c[len(c)-1], nil
-	}
 	var moved []string
-	p.settle(host, &moved)
-	c := p.has[host]
-	if len(c) == 0 {
+	if len(p.has[host]) == 0 {
+		p.settle(host, &moved)
+	}
+	last := p.last(host)
+	if p.owners[last] != host {
 		return netip.Addr{}, moved
 	}
-	return c[len(c)-1], moved
+	return last, moved
 }
+
+func (p *vipPool) last(host string) netip.Addr { return p.has[host][len(p.has[host])-1] }
 
 // settle gives the host its next candidate, and everybody whom that displaces theirs.
 func (p *vipPool) settle(host string, moved *[]string) {
@@ -65,7 +67,6 @@ func (p *vipPool) settle(host string, moved *[]string) {
 			p.wanted[a] = append(p.wanted[a], host)
 		}
 	}
-	p.leave(host)
 }
 
 // leave takes all of a host's claims out.
@@ -73,23 +74,25 @@ func (p *vipPool) leave(host string) {
 	for _, a := range p.has[host] {
 		if p.owners[a] == host {
 			delete(p.owners, a)
-		} else if p.wanted[a] = slices.DeleteFunc(p.wanted[a], func(h string) bool { return h == host }); len(p.wanted[a]) == 0 {
+		}
+		if p.wanted[a] = slices.DeleteFunc(p.wanted[a], func(h string) bool { return h == host }); len(p.wanted[a]) == 0 {
 			delete(p.wanted, a)
 		}
 	}
 	delete(p.has, host)
 }
 
-// release takes the host's address back, and returns the hosts that move to an earlier candidate of theirs.
+// release takes the host's address back, and returns the hosts that move to an earlier candidate of theirs, or to their first
+// address.
 func (p *vipPool) release(host string) []string {
-	c := p.has[host]
-	if len(c) == 0 {
+	if len(p.has[host]) == 0 {
 		return nil
 	}
-	freed := c[len(c)-1]
+	freed := p.last(host)
+	owned := p.owners[freed] == host
 	p.leave(host)
 	waiting := p.wanted[freed]
-	if len(waiting) == 0 {
+	if !owned || len(waiting) == 0 {
 		return nil
 	}
 	first := slices.Min(waiting)

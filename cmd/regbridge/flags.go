@@ -45,8 +45,13 @@ func (f *meshFlags) renderer() (bridge.IstioRenderer, error) {
 		}
 		return bridge.IstioRenderer{}, fmt.Errorf("%s: %w", name, err)
 	}
-	if hosts := f.vipRange.Addr().BitLen() - f.vipRange.Bits(); hosts < 8 {
+	base := f.vipRange.Addr()
+	switch {
+	case base.BitLen()-f.vipRange.Bits() < 8:
 		return bridge.IstioRenderer{}, fmt.Errorf("--vip-range %s: it has fewer than 256 addresses; take a larger one", f.vipRange)
+	case f.vipRange.Bits() < 8, base.IsLoopback(), base.IsMulticast(), base.IsLinkLocalUnicast(), base.IsUnspecified(), base.Is4In6():
+		return bridge.IstioRenderer{}, fmt.Errorf("--vip-range %s: sidecars cannot use these addresses; take an unused private range, such as %s",
+			f.vipRange, bridge.DefaultVIPRange)
 	}
 	return bridge.IstioRenderer{Dialect: dialect}, nil
 }
