@@ -264,7 +264,9 @@ func (b *Bridge) configure(ctx context.Context, c Config) {
 			b.store.remove(run.state)
 			run.forgetMetrics()
 			delete(b.runners, key)
-			b.forgetSnapshot(key)
+			if c.Read { // else the entry may be in what could not be read
+				b.forgetSnapshot(key)
+			}
 		}
 	}
 	b.store.setOrder(wanted)

@@ -8,10 +8,14 @@ package source
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
+	"strings"
+	"time"
 
 	"github.com/regbridge/regbridge/bridge"
+	"github.com/regbridge/regbridge/registry"
 )
 
 // build makes the registries of a configuration from valid documents and the rules of a defaults file.
@@ -52,7 +56,9 @@ func build(docs []Document, rules []rule) ([]bridge.RegistryConfig, []bridge.Pro
 			rc := bridge.RegistryConfig{
 				Key: key(doc, it), Entry: it.Entry, Path: it.Path, Origin: place(doc), Err: it.Err, Fields: it.Fields,
 			}
+			problems = append(problems, rc.Problems(foreign(rc))...) // before the rules, which may match entries of any type
 			applyRules(&rc, rules, used)
+			problems = append(problems, rc.Problems(boundIntervals(&rc.Entry))...)
 			if rc.Entry.ProxyName != "" {
 				problems = append(problems, rc.Problems(errProxyUnused)...)
 			}
@@ -66,6 +72,57 @@ func build(docs []Document, rules []rule) ([]bridge.RegistryConfig, []bridge.Pro
 		}
 	}
 	return registries, problems
+}
+
+// foreign reports the fields of an entry that only registries of another type have.
+func foreign(rc bridge.RegistryConfig) error {
+	types := map[string]string{ // what their names begin with, by what the fields' names begin with
+		"nacos": "nacos", "mcpServer": "nacos", "enableMCPServer": "nacos", "consul": "consul", "zk": "zookeeper", "dns": "dns",
+	}
+	var problems []error
+	for name := range rc.Fields {
+		for prefix, of := range types {
+			if strings.HasPrefix(name, prefix) && !strings.HasPrefix(rc.Entry.Type, of) && !strings.ContainsAny(name, ".[") {
+				problems = append(problems, warning(name, "is a field of type %s, and this registry is of type %s: delete it",
+					of, rc.Entry.Type))
+			}
+		}
+	}
+	slices.SortFunc(problems, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	return errors.Join(problems...)
+}
+
+const (
+	// minInterval is the shortest refresh interval: no registry is asked more often.
+	minInterval = time.Second
+	// longInterval is the longest refresh interval that is no reason for a warning.
+	longInterval = time.Hour
+)
+
+// boundIntervals makes the refresh intervals of an entry what a registry can bear, and reports those that look wrong.
+func boundIntervals(e *registry.Entry) error {
+	var problems []error
+	for _, of := range []struct {
+		name     string
+		interval *registry.Interval
+	}{
+		{"refreshInterval", &e.RefreshInterval},
+		{"nacosRefreshInterval", &e.NacosRefreshInterval},
+		{"consulRefreshInterval", &e.ConsulRefreshInterval},
+	} {
+		switch d := of.interval.Or(minInterval); {
+		case d < minInterval:
+			*of.interval = registry.Interval(minInterval)
+			problems = append(problems, warning(of.name, "%v is too short, and %v is used", d, minInterval))
+		case d > longInterval:
+			problems = append(problems, warning(of.name, "%v is long: what the registry does not tell by itself is noticed so late", d))
+		}
+	}
+	return errors.Join(problems...)
+}
+
+func warning(path, format string, args ...any) error {
+	return &registry.FieldError{Path: path, Partial: true, Err: fmt.Errorf(format, args...)}
 }
 
 func key(doc Document, it Item) bridge.Key {

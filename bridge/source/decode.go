@@ -76,11 +76,6 @@ func (d *decoder) fail(n *yaml.Node, path, format string, args ...any) {
 	d.add(n, path, false, format, args...)
 }
 
-// warn reports what may stay as it is.
-func (d *decoder) warn(n *yaml.Node, path, format string, args ...any) {
-	d.add(n, path, true, format, args...)
-}
-
 func (d *decoder) add(n *yaml.Node, path string, warning bool, format string, args ...any) {
 	p := bridge.Problem{File: d.file, Path: path, Message: fmt.Sprintf(format, args...), Warning: warning}
 	if n != nil {
@@ -325,6 +320,9 @@ func (d *decoder) names(t reflect.Type) map[string]int {
 // nearest returns the name that was probably meant by key, empty if there is none.
 func nearest(key string, names map[string]int) string {
 	best, bestDistance := "", min(2, len(key)/3)+1
+	if len(key) >= len("registry") { // for registries
+		bestDistance = 4
+	}
 	for name := range names {
 		dist := math.MaxInt
 		if strings.EqualFold(name, key) {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/regbridge/regbridge/bridge"
+	"github.com/regbridge/regbridge/regularfile"
 )
 
 // FilesOptions are the settings of Files.
@@ -31,14 +32,15 @@ type FilesOptions struct {
 // Files is the bridge.Source that reads McpBridges from a file or a folder. Changes are noticed at once; the symbolic links
 // of mounted ConfigMaps too.
 //
-// Only what is read is believed. What cannot be read (the path, one file in the folder, one document because of its syntax
-// or its metadata, one entry without type and name) stays as it last was; Config.Err tells of it. As long as anything has
-// never been read, Config.Read is false: what an unknown document would say may be in use already.
+// Only what is read is believed. What cannot be read (the path, one file in the folder, one document because of its syntax,
+// its metadata, or since it has no list of registries; one entry without type and name) stays as it last was; Config.Err
+// tells of it. As long as anything has never been read, Config.Read is false: what an unknown document or entry would say
+// may be in use already. So it is as long as no McpBridge was ever found: a volume may not be mounted yet.
 //
 // What is missing from what was read is gone: a file that is no longer in a folder that can be read, a document, an entry.
-// But it must be missing for a second, since files are emptied before they are written, and renamed. A folder that was
-// replaced by one without any file is not believed: a volume was unmounted. Of a path that is a file, its absence is a
-// failed read as well.
+// But it must be missing for a second, since files are emptied before they are written, and renamed. Whoever deletes the
+// last file of a folder that has been read removes all registries; but a folder that was replaced by one without any file
+// is not believed: a volume was unmounted. Of a path that is a file, its absence is a failed read as well.
 type Files struct {
 	o FilesOptions
 	t timing
@@ -66,7 +68,7 @@ type file struct {
 
 	// docs is what is believed: latest's, with what the rules of Files keep of earlier ones.
 	docs []Document
-	// believed says that docs was read, be it as nothing.
+	// believed says that all of the content was understood once, be it as nothing.
 	believed bool
 	// doubt is since when something is missing from latest, zero if nothing is.
 	doubt time.Time
@@ -115,7 +117,7 @@ func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
 		if f.settle(now) {
 			pause = f.t.confirm
 		}
-		f.complete = f.complete || f.rulesRead && f.allBelieved()
+		f.complete = f.complete || f.rulesRead && f.known()
 	}
 
 	var docs []Document
@@ -135,8 +137,15 @@ func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
 				failed = append(failed, fmt.Errorf("invalid: %s (what was last good stays)", file.latest.broken))
 			} else if file.kept() {
 				failed = append(failed, fmt.Errorf("not understood: %s (what was last good stays)", file.latest.vague))
+			} else if file.latest.nameless != "" && !file.believed {
+				failed = append(failed, fmt.Errorf("not understood: %s (what it was before is not known)", file.latest.nameless))
 			}
 		}
+	}
+	if !f.complete && len(failed) == 0 && len(docs) == 0 {
+		failed = append(failed, fmt.Errorf("read the configuration: %s: there is no McpBridge in it; "+
+			"is a volume not mounted yet? if no registry is meant, write one with `registries: []`", f.o.Path))
+		pause = min(pause, f.t.retry)
 	}
 	c := bridge.Config{Read: f.complete, Err: errors.Join(failed...)}
 	c.Problems = append(problems, f.rulesProblems...)
@@ -156,7 +165,7 @@ func (f *Files) readRules() error {
 		f.rulesRead = true
 		return nil
 	}
-	data, err := readRegular(f.o.DefaultsFile, maxFileSize)
+	data, err := regularfile.Read(f.o.DefaultsFile, maxFileSize)
 	if err != nil {
 		f.rulesErr, f.rulesSum = fmt.Errorf("read the registry defaults: %w (what was last good stays)", err), [sha256.Size]byte{}
 		f.rulesProblems = nil
@@ -194,7 +203,7 @@ func (f *Files) read() error {
 		}
 	}
 	for _, path := range paths {
-		data, err := readRegular(path, maxFileSize)
+		data, err := regularfile.Read(path, maxFileSize)
 		if errors.Is(err, fs.ErrNotExist) && info.IsDir() {
 			if _, lerr := os.Lstat(path); errors.Is(lerr, fs.ErrNotExist) {
 				continue // deleted since it was listed
@@ -268,7 +277,7 @@ func (f *Files) settle(now time.Time) bool {
 			continue
 		}
 		file.docs = docs
-		file.believed = file.believed || file.latest.broken == ""
+		file.believed = file.believed || file.latest.broken == "" && file.latest.nameless == ""
 	}
 	return inDoubt
 }
@@ -351,13 +360,17 @@ func keysOf(docs []Document) map[bridge.Key]bool {
 	return keys
 }
 
-func (f *Files) allBelieved() bool {
+// known reports whether all of every file is known. Without any McpBridge nothing is: a volume that is not mounted yet, or
+// a file that is not written yet, looks so.
+func (f *Files) known() bool {
+	found := false
 	for _, file := range f.files {
 		if !file.believed {
 			return false
 		}
+		found = found || len(file.docs) > 0
 	}
-	return true
+	return found
 }
 
 // comparePlaces orders problems by file and line.

@@ -26,6 +26,9 @@ func quick() timing {
 func doc(name string, registries ...string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "apiVersion: networking.higress.io/v1\nkind: McpBridge\nmetadata: {name: %s}\nspec:\n  registries:\n", name)
+	if len(registries) == 0 {
+		b.WriteString("    []\n")
+	}
 	for _, r := range registries {
 		r, port, _ := strings.Cut(r, ":")
 		fmt.Fprintf(&b, "  - {type: consul, name: %s, domain: h, port: %s}\n", r, port)
@@ -103,17 +106,24 @@ func names(c bridge.Config) string {
 // until waits until the configuration is as wanted: the registries, and a part of the error ("" means no error).
 func (r *reader) until(registries, errText string) bridge.Config {
 	r.t.Helper()
+	return r.untilConfig(fmt.Sprintf("%q with error %q", registries, errText), func(c bridge.Config) bool {
+		asWanted := c.Err == nil && errText == "" || c.Err != nil && errText != "" && strings.Contains(c.Err.Error(), errText)
+		return names(c) == registries && asWanted
+	})
+}
+
+func (r *reader) untilConfig(what string, ok func(bridge.Config) bool) bridge.Config {
+	r.t.Helper()
 	deadline := time.After(10 * time.Second)
 	for {
 		c, n := r.config()
-		asWanted := c.Err == nil && errText == "" || c.Err != nil && errText != "" && strings.Contains(c.Err.Error(), errText)
-		if n > 0 && names(c) == registries && asWanted {
+		if n > 0 && ok(c) {
 			return c
 		}
 		select {
 		case <-r.changed:
 		case <-deadline:
-			r.t.Fatalf("want %q with error %q; have %q with error %v, read %v", registries, errText, names(c), c.Err, c.Read)
+			r.t.Fatalf("want %s; have %q with error %v, read %v, problems %s", what, names(c), c.Err, c.Read, text(c.Problems))
 		}
 	}
 }
@@ -250,6 +260,16 @@ func TestFilesKeepsWhatCannotBeRead(t *testing.T) {
 		"a nameless entry": func(t *testing.T, path string) {
 			write(t, path, strings.ReplaceAll(doc("a", "x:9"), "name: x", "naem: x"))
 		},
+		"another name for registries": func(t *testing.T, path string) {
+			write(t, path, strings.ReplaceAll(doc("a", "x:9"), "registries:", "registry:"))
+		},
+		"cut off in registries": func(t *testing.T, path string) { write(t, path, upTo("registries:")) },
+		"cut off in the spec":   func(t *testing.T, path string) { write(t, path, upTo("spec:")) },
+		"cut off before it":     func(t *testing.T, path string) { write(t, path, upTo("metadata: {name: a}")) },
+		"an empty spec":         func(t *testing.T, path string) { write(t, path, upTo("spec:")+" {}\n") },
+		"an alias of null": func(t *testing.T, path string) {
+			write(t, path, strings.ReplaceAll(upTo("registries:"), "name: a", "name: a, labels: &l")+" *l\n")
+		},
 	}
 	for name, spoil := range unreadable {
 		t.Run(name, func(t *testing.T) {
@@ -285,10 +305,23 @@ func TestFilesKeepsWhatCannotBeRead(t *testing.T) {
 	}
 }
 
-// What could not be read at the start may be in use, as may what a broken document says.
+// upTo is the beginning of a McpBridge, with this text as its end.
+func upTo(end string) string {
+	before, _, _ := strings.Cut(doc("a", "x:9"), end)
+	return before + end
+}
+
+// What could not be read at the start may be in use, as may what a broken document says, or an entry of which it is not
+// known which one it is.
 func TestFilesIsNotReadWhileSomethingIsUnknown(t *testing.T) {
 	for name, content := range map[string]string{
 		"broken": "{", "a folder": "", "object": strings.ReplaceAll(doc("a", "x:1"), "name: a", "name: A"),
+		"type":                        strings.ReplaceAll(doc("a", "x:1"), "type:", "typ:"),
+		"name":                        strings.ReplaceAll(doc("a", "x:1"), "name: x", "name: ''"),
+		"another name for registries": strings.ReplaceAll(doc("a", "x:1"), "registries:", "registry:"),
+		"cut off in registries":       upTo("registries:"),
+		"cut off in the spec":         upTo("spec:"),
+		"cut off before the kind":     upTo("networking.higress.io/v1"),
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -306,6 +339,35 @@ func TestFilesIsNotReadWhileSomethingIsUnknown(t *testing.T) {
 			must(t, os.RemoveAll(bad))
 			if c := r.until("b/y:1", ""); !c.Read {
 				t.Error("does not count as read")
+			}
+		})
+	}
+}
+
+// At the start, a place without any McpBridge is one that is not filled yet.
+func TestFilesWaitsForAFirstMcpBridge(t *testing.T) {
+	for name, content := range map[string]string{
+		"empty": "", "other objects": "apiVersion: v1\nkind: Secret\n", "a comment": "# later\n", "no objects": "resources: [a.yaml]\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if content != "" {
+				write(t, filepath.Join(dir, "other.yaml"), content)
+			}
+			f, now := NewFiles(FilesOptions{Path: dir}), time.Now()
+			for range 3 {
+				c, pause := f.scan(now)
+				if c.Read || c.Err == nil || !strings.Contains(c.Err.Error(), dir+": there is no McpBridge in it") {
+					t.Fatalf("read %v, error %v", c.Read, c.Err)
+				}
+				if pause > f.t.retry { // a mount over the folder is no change of it
+					t.Errorf("the folder is read again after %v only", pause)
+				}
+				now = now.Add(pause)
+			}
+			write(t, filepath.Join(dir, "a.yaml"), doc("a"))
+			if c, _ := f.scan(now); !c.Read || c.Err != nil {
+				t.Errorf("with a McpBridge that has no registries: read %v, error %v", c.Read, c.Err)
 			}
 		})
 	}
@@ -436,6 +498,11 @@ func TestFilesAppliesDefaults(t *testing.T) {
 	if c.Registries[0].Entry.RefreshInterval.Or(0) != 20*time.Second {
 		t.Error("the new defaults are not used")
 	}
+	write(t, rules, "defaults:\n- set: {refreshInterval: 1ns}\n") // no registry may be hurt
+	r.untilConfig("the shortest interval and a warning", func(c bridge.Config) bool {
+		return c.Registries[0].Entry.RefreshInterval.Or(0) == time.Second &&
+			strings.Contains(text(c.Problems), "warning: "+rules+":2: spec.registries[0].refreshInterval: ")
+	})
 }
 
 func TestDefaultsAreStrict(t *testing.T) {

@@ -132,6 +132,8 @@ type parsed struct {
 	// broken, if not empty, tells of a document that is, or may be, a McpBridge and cannot be used: which ones the file
 	// defines is not known then.
 	broken string
+	// nameless, if not empty, tells of an entry without type or name: which one it is is not known then.
+	nameless string
 	// vague, if not empty, tells of a document that says nothing of what it is. What is left of a file that was cut off
 	// can look so, but files that have nothing to do with us too.
 	vague string
@@ -208,7 +210,7 @@ func (p *parser) document(at *yaml.Node, path string, item bool) {
 	}
 	ours := known || strings.HasPrefix(apiVersion, GroupHigress+"/") || strings.HasPrefix(apiVersion, GroupMCP+"/")
 	switch {
-	case have == "" && field(field(n, "spec"), "registries").Kind == 0:
+	case have == "" && !ours && field(field(n, "spec"), "registries").Kind == 0:
 		p.add(at, path, !p.strict, "this is no Kubernetes object, since it has no kind, and is passed over")
 		p.out.vague = Text(bridge.Problem{File: p.file, Line: p.line + at.Line, Message: "no kind"})
 	case have == "":
@@ -307,10 +309,13 @@ func (p *parser) bridge(at, n *yaml.Node, path, group string) {
 	}
 	registries := p.elements(o.Spec.Registries, path, "spec.registries")
 	proxies := p.elements(o.Spec.Proxies, path, "spec.proxies")
+	if registries == nil && p.errors == failed { // cut off or misspelled: nobody removes all registries that way
+		where := field(n, "spec", at)
+		p.fail(field(where, "registries", where), under(path, "spec.registries"),
+			"there is no list of registries: write `registries: []` if no registry is meant")
+	}
 	if doc.invalid = p.errors != failed; doc.invalid {
 		p.setBroken()
-	} else if len(registries) == 0 {
-		p.warn(at, under(path, "spec.registries"), "the McpBridge lists no registries")
 	}
 
 	p.unknown = reportUnknown
@@ -332,7 +337,7 @@ func (p *parser) bridge(at, n *yaml.Node, path, group string) {
 	p.out.docs = append(p.out.docs, doc)
 }
 
-// elements returns the elements of a list that are decoded one by one.
+// elements returns the elements of a list that are decoded one by one; nil if there is no list.
 func (p *parser) elements(n node, path, name string) []*yaml.Node {
 	if n.Node == nil {
 		return nil
@@ -345,7 +350,7 @@ func (p *parser) elements(n node, path, name string) []*yaml.Node {
 		p.fail(n.Node, under(path, name), "want a list, have %s: begin each element with a hyphen", describe(list, false))
 		return nil
 	}
-	return list.Content
+	return append([]*yaml.Node{}, list.Content...)
 }
 
 func (p *parser) item(doc *Document, at *yaml.Node, path string) {
@@ -368,6 +373,9 @@ func (p *parser) item(doc *Document, at *yaml.Node, path string) {
 		if p.errors == failed {
 			p.fail(at, join(path, missing), "the registry has no %s", missing)
 		}
+		p.out.nameless = Text(bridge.Problem{
+			File: p.file, Line: p.line + at.Line, Path: join(path, missing), Message: "the registry has no " + missing,
+		})
 		return
 	}
 	if p.errors != failed {

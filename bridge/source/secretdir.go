@@ -20,6 +20,7 @@ import (
 
 	"github.com/regbridge/regbridge/bridge"
 	"github.com/regbridge/regbridge/registry"
+	"github.com/regbridge/regbridge/regularfile"
 )
 
 // maxKeySize bounds the file of one key. Kubernetes allows 1 MiB for a whole Secret.
@@ -342,7 +343,7 @@ func readFolder(f *found, dir string) {
 func readKeys(dir string, files []string) *secret {
 	s := &secret{origin: dir, values: registry.Credentials{}}
 	for _, path := range files {
-		data, err := readRegular(path, maxKeySize)
+		data, err := regularfile.Read(path, maxKeySize)
 		if err != nil {
 			return &secret{origin: dir, err: fmt.Errorf("secret in %s: %w", dir, err)}
 		}
@@ -365,7 +366,7 @@ type secretObject struct {
 
 // readObjects reads the Secrets in a YAML or JSON file.
 func readObjects(f *found, path string) {
-	data, err := readRegular(path, maxFileSize)
+	data, err := regularfile.Read(path, maxFileSize)
 	if err != nil {
 		f.unreadable(path, err)
 		return

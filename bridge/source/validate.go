@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/regbridge/regbridge/bridge"
+	"github.com/regbridge/regbridge/regularfile"
 )
 
 // ValidateOptions are the settings of Validate.
@@ -48,7 +49,7 @@ func validate(path, defaultsFile string, rules []rule, check func(bridge.Registr
 	files := []string{path}
 	read := readBounded
 	if info.IsDir() {
-		read = readRegular
+		read = regularfile.Read
 		if files, err = configFiles(path); err != nil {
 			return []bridge.Problem{unreadable(path, err)}
 		}
@@ -69,7 +70,7 @@ func validate(path, defaultsFile string, rules []rule, check func(bridge.Registr
 		problems = append(problems, p.problems...)
 	}
 	if len(docs) == 0 && len(problems) == 0 {
-		problems = append(problems, bridge.Problem{File: path, Message: "there is no McpBridge in it", Warning: true})
+		problems = append(problems, bridge.Problem{File: path, Message: "there is no McpBridge in it: serve would wait for one", Warning: true})
 	}
 	registries, found := build(docs, rules)
 	problems = append(problems, found...)

@@ -23,18 +23,7 @@ const (
 	maxDocuments = 10_000
 )
 
-// readRegular reads a file of at most limit bytes. A pipe or a device is refused, since reading it could block for ever.
-func readRegular(path string, limit int64) ([]byte, error) {
-	info, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("read %s: it is no regular file", path)
-	}
-	return readBounded(path, limit)
-}
-
+// readBounded reads a file of at most limit bytes, which may be a pipe.
 func readBounded(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -310,13 +310,13 @@ func read(m *mdns.Msg, q mdns.Question) (a answer, alias string, err error) {
 		owner = next
 	}
 	soa, referral := absence(m.Ns)
+	exists := m.Rcode == mdns.RcodeSuccess // that it does not may come with the zone's name servers
 	switch {
 	case soa != nil:
 		a.ttl = min(a.ttl, lifetime(soa.Hdr.Ttl), lifetime(soa.Minttl))
-	case m.Rcode == mdns.RcodeNameError:
-	case owner != mdns.CanonicalName(q.Name):
+	case exists && owner != mdns.CanonicalName(q.Name):
 		return a, owner, nil
-	case referral || !m.Authoritative && !m.RecursionAvailable:
+	case exists && referral || !m.Authoritative && !m.RecursionAvailable:
 		return answer{}, "", errors.New("the server knows nothing of the name's zone")
 	}
 	return a, "", nil

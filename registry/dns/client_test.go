@@ -80,6 +80,7 @@ func FuzzReply(f *testing.F) {
 		rr, _ := mdns.NewRR("test. 60 IN SOA ns.test. admin.test. 1 2 3 4 5")
 		m.Ns, m.Rcode = []mdns.RR{rr}, mdns.RcodeNameError
 	}, "a.test. 60 IN CNAME b.test.")
+	add(mdns.TypeA, func(m *mdns.Msg) { m.Rcode, m.RecursionAvailable = mdns.RcodeNameError, false })
 	add(mdns.TypeA, nil, "a.test. 60 IN CNAME a.test.")
 	add(mdns.TypeA, nil, `a\.b\009.test. 60 IN A 192.0.2.1`)
 	f.Fuzz(func(t *testing.T, b []byte, qtype uint16) {
@@ -100,6 +101,8 @@ func FuzzReply(f *testing.F) {
 			t.Fatalf("a failure was taken for an answer: %v", m)
 		case a.ttl < 0:
 			t.Fatalf("holds for %v", a.ttl)
+		case alias == "" && len(a.addresses)+len(a.targets) == 0 && !m.Authoritative && !m.RecursionAvailable && !hasSOA(m):
+			t.Fatalf("an absence was believed of who knows nothing: %v", m)
 		case alias != "" && (mdns.CanonicalName(alias) != alias || len(a.addresses)+len(a.targets) > 0):
 			t.Fatalf("alias %q of %+v", alias, a)
 		case len(a.addresses)+len(a.targets) > len(m.Answer):
@@ -133,4 +136,9 @@ func FuzzReply(f *testing.F) {
 			t.Fatalf("%d of %d records were read: %v", len(a.addresses)+len(a.targets), owned, m)
 		}
 	})
+}
+
+func hasSOA(m *mdns.Msg) bool {
+	soa, _ := absence(m.Ns)
+	return soa != nil
 }

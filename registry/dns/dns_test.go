@@ -69,7 +69,12 @@ func newResolver(t *testing.T, domain string, servers ...*fake) *resolver {
 		t.Fatal(err)
 	}
 	r := reg.(*resolver)
-	r.interval = 200 * time.Millisecond
+	r.interval = 100 * time.Millisecond
+	return r.impatient()
+}
+
+// impatient makes the resolver wait for servers, which are on this machine, only shortly.
+func (r *resolver) impatient() *resolver {
 	given := r.config
 	r.config = func() (config, error) {
 		c, err := given()
@@ -77,6 +82,15 @@ func newResolver(t *testing.T, domain string, servers ...*fake) *resolver {
 		return c, err
 	}
 	return r
+}
+
+// newImpatient is New for the conformance suite, which looks for goroutines by the constructor's package.
+func newImpatient(e registry.Entry, env registry.Env) (registry.Registry, error) {
+	reg, err := New(e, env)
+	if r, ok := reg.(*resolver); ok {
+		r.impatient()
+	}
+	return reg, err
 }
 
 // listing waits for the first listing, which names one service, and returns that.
@@ -353,6 +367,12 @@ func TestFailureIsNoAnswer(t *testing.T) {
 		"silence":         {func(mdns.ResponseWriter, *mdns.Msg, bool) bool { return true }, "a.test", "no answer within 300ms"},
 		"only wrong ones": {write(func(m *mdns.Msg) { m.Id++ }), "a.test", "no answer within 300ms"},
 		"lame":            {write(func(*mdns.Msg) {}), "a.test", "the server knows nothing of the name's zone"},
+		"lame, and sure": {write(func(m *mdns.Msg) { m.Rcode = mdns.RcodeNameError }), "a.test",
+			"the server knows nothing of the name's zone"},
+		"sure of an alias": {write(func(m *mdns.Msg) {
+			answer("a.test. 1 IN CNAME none.test.")(m)
+			m.Rcode = mdns.RcodeNameError
+		}), "a.test", "the server knows nothing of the name's zone"},
 		"cut by TCP too":  {write(func(m *mdns.Msg) { m.Truncated = true }), "a.test", "cut off, over TCP too"},
 		"cut at a record": {shortened(0), "a.test", "ends after 1 of 2 records"},
 		"cut in a record": {shortened(3), "a.test", "read the reply: "},
@@ -460,6 +480,36 @@ func TestAliasIsFollowedBeyondTheServersAnswer(t *testing.T) {
 		}
 	})
 	becomes(t, resolve(t, "a.test", f), at("192.0.2.1", 0))
+}
+
+// That a name does not exist is believed of whoever knows the zone, or asks those who do.
+func TestAbsenceIsBelievedOfWhoKnows(t *testing.T) {
+	for name, knows := range map[string]func(*mdns.Msg){
+		"the zone's SOA": func(m *mdns.Msg) {
+			m.Ns = []mdns.RR{&mdns.SOA{Hdr: mdns.RR_Header{Name: "test.", Rrtype: mdns.TypeSOA, Class: mdns.ClassINET}, Ns: ".", Mbox: "."}}
+		},
+		"authority":  func(m *mdns.Msg) { m.Authoritative = true },
+		"a resolver": func(m *mdns.Msg) { m.RecursionAvailable = true },
+		"authority, with name servers": func(m *mdns.Msg) { // RFC 2308, 2.1, type 4
+			m.Authoritative = true
+			m.Ns = []mdns.RR{&mdns.NS{Hdr: mdns.RR_Header{Name: "test.", Rrtype: mdns.TypeNS, Class: mdns.ClassINET}, Ns: "ns.test."}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFake(t)
+			f.do(func() {
+				f.special = func(w mdns.ResponseWriter, q *mdns.Msg, _ bool) bool {
+					m := new(mdns.Msg).SetRcode(q, mdns.RcodeNameError)
+					knows(m)
+					_ = w.WriteMsg(m)
+					return true
+				}
+			})
+			if s := listing(t, resolve(t, "a.test", f)); len(s.Instances) != 0 {
+				t.Errorf("instances %v", s.Instances)
+			}
+		})
+	}
 }
 
 func TestServersAreAskedInOrder(t *testing.T) {
@@ -821,7 +871,8 @@ func TestConformance(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			registrytest.Run(t, registrytest.Config{
-				New: New,
+				New:      newImpatient,
+				Interval: 200 * time.Millisecond,
 				Start: func(t *testing.T) registrytest.Backend {
 					return backend(newFake(t, "test. 60 IN NS ns.test."), name == "SRV", record)
 				},
@@ -830,7 +881,8 @@ func TestConformance(t *testing.T) {
 	}
 	t.Run("passthrough", func(t *testing.T) {
 		registrytest.Run(t, registrytest.Config{
-			New: New,
+			New:      New,
+			Interval: 200 * time.Millisecond,
 			Start: func(*testing.T) registrytest.Backend {
 				return registrytest.Backend{
 					Entry:    registry.Entry{Type: "dns", Name: "api", Domain: "api.example.com,localhost:81", Port: 80},
