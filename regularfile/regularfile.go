@@ -11,7 +11,12 @@ import (
 // Read returns the content of a file of at most limit bytes. A pipe, a device or a folder is an error, since reading it
 // could block or have no end.
 func Read(path string, limit int64) ([]byte, error) {
-	// O_NONBLOCK: opening a pipe that nobody writes to would wait for ever. It changes nothing for regular files.
+	if info, err := os.Stat(path); err != nil { // before it is opened: merely opening some devices has an effect
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, errIrregular(path)
+	}
+	// O_NONBLOCK: if it has become a pipe meanwhile that nobody writes to, opening it would wait for ever.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -22,7 +27,7 @@ func Read(path string, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("read %s: it is no regular file", path)
+		return nil, errIrregular(path)
 	}
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
@@ -33,3 +38,5 @@ func Read(path string, limit int64) ([]byte, error) {
 	}
 	return data, nil
 }
+
+func errIrregular(path string) error { return fmt.Errorf("read %s: it is no regular file", path) }

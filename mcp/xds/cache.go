@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 )
 
 // Options are the settings of a Cache.
@@ -35,6 +36,7 @@ type Cache struct {
 	metrics  *metrics
 	shards   []int
 	maxStale int64
+	warnings *rate.Limiter // of what clients cause, so that they cannot flood the log
 
 	applying sync.Mutex // held by Apply throughout, so that steps do not overlap
 
@@ -60,6 +62,7 @@ func NewCache(opts Options) *Cache {
 		log:         opts.Logger,
 		metrics:     newMetrics(opts.Registerer),
 		maxStale:    opts.MaxStale,
+		warnings:    rate.NewLimiter(1, 100),
 		published:   map[string]bool{},
 		collections: map[collectionKey]*collection{},
 		streams:     map[*stream]struct{}{},
@@ -79,6 +82,13 @@ func NewCache(opts Options) *Cache {
 		c.metrics.clients.WithLabelValues(protocol)
 	}
 	return c
+}
+
+// warn logs what a client caused.
+func (c *Cache) warn(text string, attrs ...any) {
+	if c.warnings.Allow() {
+		c.log.Warn(text, attrs...)
+	}
 }
 
 // publish makes the collections of a type that has resources, or may get some.

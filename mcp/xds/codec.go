@@ -25,7 +25,8 @@ func encodeHead(version, url, nonce string, removed []string) []byte {
 	return b
 }
 
-// A codec sends messages without copying their resources, and everything else as gRPC does by default.
+// A codec sends messages without copying their resources, has readers read requests, and does everything else as gRPC
+// does by default.
 //
 // This is what bounds the memory of full answers in flight. gRPC queues a whole message on a stream as soon as the
 // client's window opens, and would hold a marshalled copy of the full set for each slow client. Here a queued answer
@@ -46,4 +47,16 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	out := make(mem.BufferSlice, 0, len(m.body)+1)
 	out = append(out, mem.SliceBuffer(m.head))
 	return append(out, m.body...), nil
+}
+
+// Unmarshal implements encoding.CodecV2.
+func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
+	r, ok := v.(*reader)
+	if !ok {
+		return c.CodecV2.Unmarshal(data, v)
+	}
+	b := data.MaterializeToBuffer(mem.DefaultBufferPool())
+	defer b.Free()
+	r.err = r.read(b.ReadOnlyData())
+	return nil
 }

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -191,16 +192,21 @@ func (s *Server) Run(ctx context.Context) error {
 	defer endStreams()
 	var handlers sync.WaitGroup
 	var servers []*grpc.Server
+	var listeners []*listener
 	serving, ctx := errgroup.WithContext(ctx)
 	for _, p := range s.ports {
 		g := s.newGRPC(&endpoint{cache: s.cache, port: p, ctx: streams, handlers: &handlers})
-		servers = append(servers, g)
+		l := &listener{Listener: p.listener, conns: map[*conn]struct{}{}}
+		servers, listeners = append(servers, g), append(listeners, l)
 		serving.Go(func() error {
-			if err := g.Serve(p.listener); err != nil { // which closes it
+			if err := g.Serve(l); err != nil { // which closes it
 				return fmt.Errorf("serving the xDS port %s: %w", p, err)
 			}
 			return nil
 		})
+	}
+	if s.tls != nil {
+		serving.Go(func() error { s.tls.watch(ctx); return nil })
 	}
 	<-ctx.Done()
 
@@ -210,16 +216,63 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	endStreams()
 	late := time.AfterFunc(s.opts.DrainTimeout, func() {
-		for _, g := range servers {
-			g.Stop()
+		for _, l := range listeners {
+			l.closeConns()
 		}
 	})
 	stopping.Wait()
 	if !late.Stop() {
-		s.log.Warn("xDS clients did not take all that was being sent in time", "timeout", s.opts.DrainTimeout)
+		s.log.Warn("xDS connections were closed that did not end in time", "timeout", s.opts.DrainTimeout)
 	}
 	handlers.Wait()
 	return serving.Wait()
+}
+
+// A listener can close the connections that it accepted. gRPC's own Stop waits for those that have not said anything yet.
+type listener struct {
+	net.Listener
+
+	mu     sync.Mutex
+	conns  map[*conn]struct{}
+	closed bool
+}
+
+type conn struct {
+	net.Conn
+	listener *listener
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	accepted, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{accepted, l}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return c, accepted.Close()
+	}
+	l.conns[c] = struct{}{}
+	return c, nil
+}
+
+func (l *listener) closeConns() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	for c := range l.conns {
+		_ = c.Conn.Close()
+	}
+}
+
+// Close implements net.Conn.
+func (c *conn) Close() error {
+	c.listener.mu.Lock()
+	delete(c.listener.conns, c)
+	c.listener.mu.Unlock()
+	return c.Conn.Close()
 }
 
 // newGRPC makes the server of one port.
@@ -235,8 +288,8 @@ func (s *Server) newGRPC(e *endpoint) *grpc.Server {
 			MaxConnectionAgeGrace: time.Minute,
 		}),
 		grpc.MaxConcurrentStreams(128), // per connection; a client needs one or a few
-		// A delta client that comes back states the versions of all that it has: 100,000 names are about 10 MB.
-		grpc.MaxRecvMsgSize(64 << 20),
+		grpc.MaxHeaderListSize(64 << 10),
+		grpc.MaxRecvMsgSize(maxHeld),
 		grpc.ConnectionTimeout(20 * time.Second),
 	}
 	if s.tls != nil {
@@ -282,7 +335,7 @@ func (e *endpoint) serve(ctx context.Context, protocol, typeURL string, run func
 		defer stop()
 		err := run(running, st)
 		st.leave()
-		done <- err
+		done <- cmp.Or(err, st.failure())
 	})
 	select {
 	case err := <-done:

@@ -3,14 +3,19 @@ package xds
 import (
 	"context"
 	"errors"
+	"iter"
 	"log/slog"
-	"strings"
+	"maps"
+	"slices"
 	"time"
+	"unicode/utf8"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	xdscache "github.com/envoyproxy/go-control-plane/pkg/cache/v3"
 	xdsstream "github.com/envoyproxy/go-control-plane/pkg/server/stream/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 const (
@@ -21,10 +26,19 @@ const (
 // maxTypes is how many type URLs one stream may ask for. istiod asks for 16, Envoy for fewer.
 const maxTypes = 256
 
-// maxRefusal is how much of a client's error text is kept, in bytes.
-const maxRefusal = 4 << 10
+// maxHeld bounds, in bytes, what a stream makes us remember by naming resources and the versions that it has: 130,000 names
+// of a hundred bytes with their versions, 200,000 without. No request may be longer than that. What is refused for certain
+// is twice as much, see hold.
+const maxHeld = 32 << 20
 
-var errTooSlow = errors.New("the client is too far behind: it has to connect again for the present state")
+// nameCost is what remembering a name takes beside its bytes: about what a map needs for an entry.
+const nameCost = 64
+
+var (
+	errTooSlow = errors.New("the client is too far behind: it has to connect again for the present state")
+	errTooMuch = status.Errorf(codes.ResourceExhausted, "the client names more resources than the %d MiB that one stream "+
+		"may take: subscribe to fewer, to all with \"*\", or on several streams", maxHeld>>20)
+)
 
 // A stream is one client's stream. It is the cache that go-control-plane's server sees, and the server's callbacks: each
 // stream has a server of its own, which is cheap and gives watches what the shared interface lacks, the stream's state.
@@ -40,6 +54,8 @@ type stream struct {
 	stalled bool                     // some subscription found the response channel full
 	ended   bool                     // it takes no part any more
 
+	held       int           // what its requests named since the last recount, and what that found; see hold
+	broken     error         // why its requests cannot be read any more, if that is the client's doing
 	complained bool          // its requests were found wrong, and that was logged
 	cut        chan struct{} // closed when the stream must go because its client is too slow
 
@@ -80,6 +96,62 @@ func (s *stream) leave() {
 	c.metrics.clients.WithLabelValues(s.protocol).Dec()
 }
 
+// receive waits for a request. What is wrong with it is noted, since go-control-plane takes any error as the end of the
+// stream.
+func (s *stream) receive(r *reader, recvMsg func(any) error) error {
+	err := recvMsg(r)
+	if err == nil {
+		err = r.err
+	}
+	switch status.Code(err) {
+	case codes.ResourceExhausted, codes.InvalidArgument, codes.Internal, codes.Unimplemented: // Unimplemented: compressed
+		s.cache.mu.Lock()
+		defer s.cache.mu.Unlock()
+		s.broken = s.refuse(err)
+	}
+	return err
+}
+
+// failure is why the client's requests ended the stream, nil if they did not.
+func (s *stream) failure() error {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	return s.broken
+}
+
+// refuse logs why a stream is ended.
+func (s *stream) refuse(err error) error {
+	s.cache.warn("ending an xDS stream for what its client asks", s.attrs(slog.String("error", status.Convert(err).Message()))...)
+	return err
+}
+
+// hold counts what a request names and tells whether the stream names too much. Requests repeat names and give them up, so
+// only a recount of what is remembered tells. It is made when at least as much came in as may be held, so it costs little
+// for each name. Cache.mu is held, by the goroutine that owns the names of all subscriptions.
+func (s *stream) hold(named int) error {
+	s.held += named
+	if s.held <= 2*maxHeld {
+		return nil
+	}
+	s.held = 0
+	for _, sub := range s.subs {
+		s.held += weigh(maps.Keys(sub.names)) + weigh(maps.Keys(sub.delta.asked)) +
+			weigh(maps.Keys(sub.returned)) + weigh(maps.Values(sub.returned))
+	}
+	if s.held > maxHeld {
+		return s.refuse(errTooMuch)
+	}
+	return nil
+}
+
+// weigh is what it takes to remember these names.
+func weigh(names iter.Seq[string]) (bytes int) {
+	for name := range names {
+		bytes += len(name) + nameCost
+	}
+	return bytes
+}
+
 // end stops feeding the stream. Cache.mu is held.
 func (s *stream) end() {
 	s.ended = true
@@ -97,7 +169,7 @@ func (s *stream) cutOff() {
 	s.end()
 	close(s.cut)
 	s.cache.metrics.ended.Inc()
-	s.cache.log.Warn("ending an xDS stream: its client is too far behind", s.attrs()...)
+	s.cache.warn("ending an xDS stream: its client is too far behind", s.attrs()...)
 }
 
 func (s *stream) attrs(more ...any) []any {
@@ -125,6 +197,9 @@ func (s *stream) admit(url, nonce string, node *core.Node) (string, bool) {
 	case url == "":
 		s.complain("ignoring xDS requests without a type")
 		return "", false
+	case len(url) > maxText-utf8.UTFMax: // it may have been cut
+		s.complain("ignoring xDS requests whose type is too long")
+		return "", false
 	case sub == nil && len(s.subs) >= maxTypes:
 		s.complain("ignoring further types of an xDS stream: it asks for too many")
 		return "", false
@@ -146,7 +221,7 @@ func (s *stream) admit(url, nonce string, node *core.Node) (string, bool) {
 func (s *stream) complain(what string) {
 	if !s.complained {
 		s.complained = true
-		s.cache.log.Warn(what, s.attrs()...)
+		s.cache.warn(what, s.attrs()...)
 	}
 }
 
@@ -165,10 +240,9 @@ func (s *subscription) reply(nonce string, refused bool, text string) (waiting b
 		return false
 	}
 	c := s.stream.cache
-	text = strings.ToValidUTF8(text[:min(len(text), maxRefusal)], "")
 	c.metrics.nacks.WithLabelValues(c.label(s.col.typ)).Inc()
 	if s.nacks == 0 || text != s.refusal {
-		c.log.Warn("an xDS client refused a response", s.stream.attrs(slog.String("type", s.url),
+		c.warn("an xDS client refused a response", s.stream.attrs(slog.String("type", s.url),
 			slog.String("version", s.sent), slog.String("error", text))...)
 	}
 	s.nacks++
@@ -187,6 +261,10 @@ func (s *stream) CreateWatch(req *discovery.DiscoveryRequest, want xdscache.Subs
 	sub.reply(req.GetResponseNonce(), req.GetErrorDetail() != nil, req.GetErrorDetail().GetMessage())
 	sub.started = true
 	sub.wildcard, sub.names = want.IsWildcard(), want.SubscribedResources()
+	if err := s.hold(weigh(slices.Values(req.GetResourceNames()))); err != nil {
+		return nil, err
+	}
+	req.ResourceNames = nil // the request stays with the watch
 	sub.sotwRequest, sub.sotwOut = req, out
 	sub.col.armed[sub] = struct{}{}
 	sub.advance(true)
@@ -214,7 +292,7 @@ func (s *stream) CreateDeltaWatch(req *discovery.DeltaDiscoveryRequest, want xds
 		d.initial = want.ReturnedResources()
 	}
 	sub.started = true
-	sub.wildcard, sub.names = want.IsWildcard(), want.SubscribedResources()
+	sub.wildcard, sub.names, sub.returned = want.IsWildcard(), want.SubscribedResources(), want.ReturnedResources()
 	ask := func(name string) {
 		if d.asked == nil {
 			d.asked = map[string]struct{}{}
@@ -234,6 +312,13 @@ func (s *stream) CreateDeltaWatch(req *discovery.DeltaDiscoveryRequest, want xds
 			ask(name)
 		}
 	}
+	named := weigh(slices.Values(req.GetResourceNamesSubscribe())) + weigh(slices.Values(req.GetResourceNamesUnsubscribe())) +
+		weigh(maps.Keys(req.GetInitialResourceVersions())) + weigh(maps.Values(req.GetInitialResourceVersions()))
+	if err := s.hold(named); err != nil {
+		return nil, err
+	}
+	// The request stays with the watch.
+	req.ResourceNamesSubscribe, req.ResourceNamesUnsubscribe, req.InitialResourceVersions = nil, nil, nil
 	if !waiting {
 		sub.deltaRequest, sub.deltaOut = req, out
 		sub.col.armed[sub] = struct{}{}
@@ -277,6 +362,7 @@ func (s *stream) depart(url, nonce string) {
 		sub.sotw, sub.cursor = *f.sotw, f.cursor
 	}
 	s.next = f.encode(nonce)
+	sub.returned = nil // go-control-plane puts another map in its place
 
 	label, kind := c.label(sub.col.typ), "part"
 	if f.answer.full {
@@ -284,6 +370,7 @@ func (s *stream) depart(url, nonce string) {
 		c.metrics.bytes.WithLabelValues(label).Observe(float64(f.answer.bytes))
 	}
 	c.metrics.responses.WithLabelValues(label, kind).Inc()
+	f.answer = nil // a client that never replies keeps the flight
 
 	if s.stalled { // there is room in the channel again
 		s.stalled = false
@@ -321,8 +408,8 @@ type sotwStream struct {
 
 func (s sotwStream) Recv() (*discovery.DiscoveryRequest, error) {
 	for {
-		req, err := s.Stream.Recv()
-		if err != nil {
+		req := &discovery.DiscoveryRequest{}
+		if err := s.receive(newSotwReader(req), s.RecvMsg); err != nil {
 			return nil, err
 		}
 		if url, ok := s.admit(req.GetTypeUrl(), req.GetResponseNonce(), req.GetNode()); ok {
@@ -342,8 +429,8 @@ type deltaStream struct {
 
 func (s deltaStream) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 	for {
-		req, err := s.DeltaStream.Recv()
-		if err != nil {
+		req := &discovery.DeltaDiscoveryRequest{}
+		if err := s.receive(newDeltaReader(req), s.RecvMsg); err != nil {
 			return nil, err
 		}
 		if url, ok := s.admit(req.GetTypeUrl(), req.GetResponseNonce(), req.GetNode()); ok {

@@ -24,6 +24,9 @@ type subscription struct {
 	// watch, and must not be read then.
 	wildcard bool
 	names    map[string]struct{}
+	// returned is another map of go-control-plane, for delta: what the client had at the beginning until the first
+	// response, and then the names that it gave up since the last one while it wanted everything.
+	returned map[string]string
 
 	// The client was told everything up to step cursor that it wants.
 	cursor uint64
@@ -75,7 +78,7 @@ type deltaState struct {
 // A flight is a response from its making to the client's reply.
 type flight struct {
 	sub     *subscription
-	answer  *answer
+	answer  *answer // nil once it was sent
 	version string
 	// sotw is what the client will have; nil for delta, whose state moves when the response is made.
 	sotw   *sotwState
@@ -112,7 +115,7 @@ func (s *subscription) disarm() {
 // closeWatch is called when go-control-plane gives up the watch, before it changes the names.
 func (s *subscription) closeWatch() {
 	s.disarm()
-	s.names = nil
+	s.names, s.returned = nil, nil
 	if s.flight != nil && !s.flight.sent && s.flight.sotw != nil {
 		s.land() // a response that go-control-plane had not taken yet is dropped with its watch
 	}

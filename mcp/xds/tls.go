@@ -2,13 +2,17 @@ package xds
 
 import (
 	"bytes"
+	"cmp"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
+	"time"
+
+	"github.com/regbridge/regbridge/regularfile"
 )
 
 // TLS is how the ports are secured. Without CertFile they speak plaintext.
@@ -59,10 +63,16 @@ type tlsFiles struct {
 	log  *slog.Logger
 
 	mu     sync.Mutex
-	seen   [3][]byte // the contents of the files when they were read last, good or bad
+	seen   [3][]byte // the contents of the files when they could all be read last, good or bad
+	bad    error     // what is wrong with seen
 	config *tls.Config
-	bad    string // the error that was logged for seen
 }
+
+// maxTLSFile is how much of a TLS file is read, in bytes. A big bundle of authorities has a quarter of it.
+const maxTLSFile = 1 << 20
+
+// watchTLSFiles is how often the files are looked at between handshakes.
+const watchTLSFiles = 10 * time.Second
 
 // newTLSFiles reads the files for the first time.
 func newTLSFiles(opts TLS, log *slog.Logger) (*tlsFiles, error) {
@@ -81,32 +91,57 @@ func newTLSFiles(opts TLS, log *slog.Logger) (*tlsFiles, error) {
 // server is the configuration for the listeners.
 func (f *tlsFiles) server() *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-		return f.current(), nil
+		config, _ := f.current() // watch logs the error
+		return config, nil
 	}}
 }
 
-// current returns the configuration of the files as they are, or of the last ones that were good.
-func (f *tlsFiles) current() *tls.Config {
+// current returns the configuration of the files as they are. If they cannot be used it returns the last good one, and
+// why.
+func (f *tlsFiles) current() (*tls.Config, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	contents, err := f.read()
-	if err == nil {
-		if equal(contents, f.seen) {
-			return f.config
-		}
-		f.seen = contents
-		var config *tls.Config
-		if config, err = f.parse(contents); err == nil {
-			f.config, f.bad = config, ""
-			f.log.Info("the xDS ports use new TLS files", "cert", f.opts.CertFile)
-			return f.config
-		}
+	if err != nil || equal(contents, f.seen) {
+		return f.config, cmp.Or(err, f.bad)
 	}
-	if f.bad != err.Error() {
-		f.bad = err.Error()
-		f.log.Error("the new TLS files of the xDS ports cannot be used; the last good ones stay in use", "error", err)
+	f.seen = contents
+	var config *tls.Config
+	if config, f.bad = f.parse(contents); f.bad == nil {
+		f.config = config
 	}
-	return f.config
+	return f.config, f.bad
+}
+
+// watch logs what becomes of the files, until ctx ends: one line for each change, however many files and moments it takes.
+// So what is wrong with them counts only if it lasts from one look to the next.
+func (f *tlsFiles) watch(ctx context.Context) {
+	ticker := time.NewTicker(watchTLSFiles)
+	defer ticker.Stop()
+	used, _ := f.current()
+	var last, logged string
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		config, err := f.current()
+		problem := ""
+		if err != nil {
+			problem = err.Error()
+		}
+		switch {
+		case problem != last || problem == logged && config == used:
+		case problem != "":
+			f.log.Error("the TLS files of the xDS ports cannot be used; the last good ones stay in use", "error", problem)
+			used, logged = config, problem
+		default:
+			f.log.Info("the xDS ports use new TLS files", "cert", f.opts.CertFile, "expires", config.Certificates[0].Leaf.NotAfter)
+			used, logged = config, ""
+		}
+		last = problem
+	}
 }
 
 func equal(a, b [3][]byte) bool {
@@ -118,7 +153,7 @@ func (f *tlsFiles) read() (contents [3][]byte, err error) {
 		if name == "" {
 			continue
 		}
-		if contents[i], err = os.ReadFile(name); err != nil {
+		if contents[i], err = regularfile.Read(name, maxTLSFile); err != nil {
 			return contents, fmt.Errorf("reading a TLS file of the xDS ports: %w", err)
 		}
 	}
