@@ -10,7 +10,9 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/url"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,12 +36,19 @@ const (
 // unset field, the token and its file among them, from the environment, and does not tell an answer without Consul's
 // headers from one that has them.
 type client struct {
-	env     registry.Env
-	server  registry.Server
-	http    *http.Client
+	env    registry.Env
+	server registry.Server
+	// http is made once the first answer to list tells whether requests can share a connection.
+	http *http.Client
+	// list has a connection of its own, for the list of services. It is never idle for long, so that it ends only when the
+	// agent, or the way to it, does.
+	list    *http.Client
 	base    url.URL
 	query   url.Values // of each request: data centre, namespace, partition
 	timeout time.Duration
+	// brief says that each answer to list announces the end of its connection, as some proxies do. Then a new connection
+	// tells nothing. Only the goroutine that lists uses it.
+	brief bool
 
 	mu     sync.Mutex
 	conns  map[*conn]bool // those that are open
@@ -71,6 +80,8 @@ type meta struct {
 	streamed bool
 	// http2 says that requests share a connection.
 	http2 bool
+	// closing says that the connection ends with this answer.
+	closing bool
 	// size is the length of the body.
 	size int
 }
@@ -93,32 +104,40 @@ func (e *statusError) Error() string {
 	}
 }
 
-// errUnproven is wrapped by errors about answers that arrived but prove nothing about the present.
-var errUnproven = errors.New("the answer is not believed")
+var (
+	// errUnproven is wrapped by errors about answers that arrived but prove nothing about the present.
+	errUnproven = errors.New("the answer is not believed")
+	// errLost is wrapped by the error of a query whose connection did not last: what answers on another one may be another
+	// agent, which knows other services.
+	errLost = errors.New("the connection was lost")
+)
 
 func newClient(env registry.Env, server registry.Server, query url.Values, timeout time.Duration) (*client, error) {
 	c := &client{env: env, server: server, query: query, timeout: timeout, conns: map[*conn]bool{}}
 	c.base = url.URL{Scheme: "http", Host: server.String()}
-	transport := &http.Transport{ // no Proxy: the environment has no say
-		DialContext:         c.dial,
-		MaxIdleConnsPerHost: idleConns,
-		IdleConnTimeout:     30 * time.Second,
-	}
 	config, err := c.clientTLS()
 	if err != nil {
 		return nil, err
 	}
 	if config != nil {
 		c.base.Scheme = "https"
+	}
+	c.list = c.newHTTP(&http.Transport{})
+	return c, nil
+}
+
+// newHTTP makes a client of a transport that has no Proxy, since the environment has no say.
+func (c *client) newHTTP(transport *http.Transport) *http.Client {
+	transport.DialContext = c.dial
+	if c.base.Scheme == "https" {
 		transport.ForceAttemptHTTP2 = true
 		transport.DialTLSContext = c.dialTLS
 	}
-	c.http = &http.Client{
+	return &http.Client{
 		Transport: transport,
 		// A redirect would carry the token to who knows where.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	return c, nil
 }
 
 func (c *client) clientTLS() (*tls.Config, error) {
@@ -175,7 +194,10 @@ func (c *client) dialTLS(ctx context.Context, network, address string) (net.Conn
 // close ends all connections. It is called after the last request has returned: the transport alone would keep
 // a connection of HTTP/2 for as long as it has not finished to abandon the requests that shared it.
 func (c *client) close() {
-	c.http.CloseIdleConnections()
+	c.list.CloseIdleConnections()
+	if c.http != nil {
+		c.http.CloseIdleConnections()
+	}
 	c.mu.Lock()
 	c.closed = true
 	open := slices.Collect(maps.Keys(c.conns))
@@ -185,13 +207,37 @@ func (c *client) close() {
 	}
 }
 
+// request is one question to the agent.
+type request struct {
+	operation string // for Observe
+	list      bool   // goes over the connection of list
+	path      string
+	name      string        // of a service, the last part of the path; empty if there is none
+	index     uint64        // that an earlier answer gave: waits for a newer one. 0 waits for nothing
+	wait      time.Duration // but not longer than this
+}
+
 // services lists the names of all services, each with the tags of all its instances. With an index that an earlier
 // answer gave, it waits for a newer one, but not longer than wait.
 func (c *client) services(ctx context.Context, index uint64, wait time.Duration) (map[string][]string, meta, error) {
 	var out map[string][]string
-	m, err := c.get(ctx, "list", "/v1/catalog/services", index, wait, &out)
+	m, err := c.get(ctx, request{operation: "list", list: true, path: "/v1/catalog/services", index: index, wait: wait}, &out)
+	if index == 0 {
+		c.brief = m.closing
+	}
+	if err == nil && m.closing != c.brief {
+		err = errLost
+	}
 	if err != nil {
 		return nil, m, fmt.Errorf("list services of consul at %s: %w", c.server, err)
+	}
+	if c.http == nil {
+		transport := &http.Transport{MaxIdleConnsPerHost: idleConns, IdleConnTimeout: 30 * time.Second}
+		if m.http2 {
+			// That is, of those that can take one more request. Otherwise each request that finds none would dial one.
+			transport.MaxConnsPerHost = 1
+		}
+		c.http = c.newHTTP(transport)
 	}
 	return out, m, nil
 }
@@ -204,11 +250,14 @@ func (c *client) services(ctx context.Context, index uint64, wait time.Duration)
 // arrives all the same only tells that it is time to ask.
 func (c *client) health(ctx context.Context, name string, index uint64, wait time.Duration) ([]*api.ServiceEntry, meta, error) {
 	var out []*api.ServiceEntry
-	path := "/v1/health/service/" + name
-	m, err := c.get(ctx, "service", path, index, wait, &out)
+	r := request{operation: "service", path: "/v1/health/service/", name: name, index: index, wait: wait}
+	m, err := c.get(ctx, r, &out)
 	if err == nil && m.streamed {
-		out = nil
-		m, err = c.get(ctx, "service", path, 0, 0, &out)
+		out, r.index = nil, 0
+		m, err = c.get(ctx, r, &out)
+	}
+	if status, ok := errors.AsType[*statusError](err); ok && status.code/100 == 3 && path.Clean("/"+name) != "/"+name {
+		err = fmt.Errorf("the agent, or what is in between, takes this name for a path (%w): rename the service", err)
 	}
 	if err != nil {
 		return nil, m, fmt.Errorf("read service %s of consul at %s: %w", name, c.server, err)
@@ -225,7 +274,7 @@ type check struct {
 // checks lists all checks, and waits like services.
 func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) ([]check, meta, error) {
 	var out []check
-	m, err := c.get(ctx, "checks", "/v1/health/state/any", index, wait, &out)
+	m, err := c.get(ctx, request{operation: "checks", path: "/v1/health/state/any", index: index, wait: wait}, &out)
 	if err != nil {
 		return nil, m, fmt.Errorf("list checks of consul at %s: %w", c.server, err)
 	}
@@ -233,16 +282,17 @@ func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) (
 }
 
 // get makes one request. Its result counts only if the agent knows a leader and has heard of it recently.
-func (c *client) get(ctx context.Context, operation, path string, index uint64, wait time.Duration, out any) (m meta, err error) {
+func (c *client) get(ctx context.Context, r request, out any) (m meta, err error) {
 	limit := c.timeout
 	query := url.Values{"stale": {""}} // any server may answer; maxContact bounds how stale
 	maps.Copy(query, c.query)
-	if index > 0 {
+	operation := r.operation
+	if r.index > 0 {
 		operation += "-wait"        // so that waiting is not measured as working
 		query.Set("near", "_agent") // not for the order, see health
-		query.Set("index", strconv.FormatUint(index, 10))
-		query.Set("wait", strconv.FormatInt(max(wait.Milliseconds(), 1), 10)+"ms")
-		limit += wait + wait/16 // the agent adds up to a sixteenth
+		query.Set("index", strconv.FormatUint(r.index, 10))
+		query.Set("wait", strconv.FormatInt(max(r.wait.Milliseconds(), 1), 10)+"ms")
+		limit += r.wait + r.wait/16 // the agent adds up to a sixteenth
 	}
 	begun := time.Now()
 	defer func() {
@@ -250,18 +300,37 @@ func (c *client) get(ctx context.Context, operation, path string, index uint64, 
 			c.env.Observe(operation, time.Since(begun), err)
 		}
 	}()
-	rctx, cancel := context.WithTimeout(ctx, limit)
+	rctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer within %v", limit.Round(time.Millisecond)))
 	defer cancel()
-	m, err = c.do(rctx, path, query, out)
-	if err != nil && ctx.Err() == nil && errors.Is(rctx.Err(), context.DeadlineExceeded) {
-		err = fmt.Errorf("no answer within %v", limit.Round(time.Millisecond))
+	rctx, lose := context.WithCancelCause(rctx)
+	defer lose(nil)
+	if r.index > 0 { // the index is worth nothing to another agent
+		conns := 0
+		rctx = httptrace.WithClientTrace(rctx, &httptrace.ClientTrace{GotConn: func(conn httptrace.GotConnInfo) {
+			conns++ // the transport by itself repeats a request whose connection broke
+			if conns > 1 || r.list && !conn.Reused && !c.brief {
+				lose(errLost)
+			}
+		}})
+	}
+	m, err = c.do(rctx, r, query, out)
+	if cause := context.Cause(rctx); cause != nil && ctx.Err() == nil {
+		err = cause
 	}
 	return m, err
 }
 
-func (c *client) do(ctx context.Context, path string, query url.Values, out any) (meta, error) {
+// escape makes a service's name a part of a path that no router takes for more than one part, or for none.
+func escape(name string) string {
+	if name == "." || name == ".." {
+		return strings.ReplaceAll(name, ".", "%2E")
+	}
+	return url.PathEscape(name)
+}
+
+func (c *client) do(ctx context.Context, r request, query url.Values, out any) (meta, error) {
 	u := c.base
-	u.Path, u.RawQuery = path, query.Encode()
+	u.Path, u.RawPath, u.RawQuery = r.path+r.name, r.path+escape(r.name), query.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), http.NoBody)
 	if err != nil {
 		return meta{}, err
@@ -273,7 +342,11 @@ func (c *client) do(ctx context.Context, path string, query url.Values, out any)
 	if token != "" {
 		req.Header.Set("X-Consul-Token", token)
 	}
-	resp, err := c.http.Do(req)
+	client := c.http
+	if r.list {
+		client = c.list
+	}
+	resp, err := client.Do(req)
 	if err != nil {
 		if ue, ok := errors.AsType[*url.Error](err); ok { // its text repeats the URL
 			err = ue.Err
@@ -286,7 +359,11 @@ func (c *client) do(ctx context.Context, path string, query url.Values, out any)
 		if err != nil && ctx.Err() != nil {
 			return meta{}, err
 		}
-		return meta{}, &statusError{code: resp.StatusCode, text: clean(string(text), token)}
+		status := &statusError{code: resp.StatusCode, text: clean(string(text), token)}
+		if strings.HasPrefix(status.text, "<") { // a page for people, of whatever is in between
+			status.text = http.StatusText(status.code)
+		}
+		return meta{}, status
 	}
 	body := &counter{r: io.LimitReader(resp.Body, maxBody)}
 	if err := json.NewDecoder(body).Decode(out); err != nil {
@@ -296,6 +373,7 @@ func (c *client) do(ctx context.Context, path string, query url.Values, out any)
 	m, err := readMeta(resp.Header)
 	m.anonymous = token == "" && resp.Header.Get("X-Consul-Default-Acl-Policy") == "deny"
 	m.http2 = resp.ProtoMajor == 2
+	m.closing = resp.Close
 	m.size = body.n
 	return m, err
 }

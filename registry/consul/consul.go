@@ -29,6 +29,7 @@ type consul struct {
 	query    url.Values // of each request
 	filter   filter
 	interval time.Duration
+	timeout  time.Duration // of a request, beside what it may wait
 	// datacenter is empty where the entry names none: then it is the agent's own.
 	datacenter string
 	// ownService says that the namespace and partition are those in which the servers register themselves.
@@ -66,6 +67,7 @@ func New(e registry.Entry, env registry.Env) (registry.Registry, error) {
 			query.Set(key, value)
 		}
 	}
+	interval := e.RefreshInterval.Or(e.ConsulRefreshInterval.Or(registry.DefaultRefreshInterval))
 	c := &consul{
 		env:     env,
 		servers: servers,
@@ -74,7 +76,8 @@ func New(e registry.Entry, env registry.Env) (registry.Registry, error) {
 			tag:     strings.ToLower(strings.TrimSpace(e.ConsulServiceTag)),
 			warning: e.ConsulPassingOnly != nil && !*e.ConsulPassingOnly,
 		},
-		interval:   e.RefreshInterval.Or(e.ConsulRefreshInterval.Or(registry.DefaultRefreshInterval)),
+		interval:   interval,
+		timeout:    min(max(interval, 2*time.Second), 10*time.Second),
 		datacenter: datacenter,
 		ownService: (namespace == "" || namespace == "default") && (partition == "" || partition == "default"),
 	}
@@ -95,12 +98,13 @@ type memory struct {
 	consul     bool            // a listing had the servers' own service in it
 	listed     bool            // there was a listing
 	filtered   bool            // the last listing was cut by the token's policies
+	whole      map[string]bool // the services of which all instances were seen once
 }
 
 // Run implements registry.Registry. It stays with one agent as long as that one answers. With another agent, and with
 // the same one after a broken connection, everything is read anew before the next listing is reported.
 func (c *consul) Run(ctx context.Context, sink registry.Sink) error {
-	m := &memory{known: map[string]bool{}, datacenter: c.datacenter}
+	m := &memory{known: map[string]bool{}, whole: map[string]bool{}, datacenter: c.datacenter}
 	backoff := registry.Backoff{Max: min(c.interval, maxBackoff)}
 	untried := len(c.servers) // in this round
 	for server := 0; ; {

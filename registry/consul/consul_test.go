@@ -5,9 +5,11 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"maps"
+	"path"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -18,19 +20,26 @@ import (
 	"github.com/regbridge/regbridge/registry/registrytest"
 )
 
-func TestMain(m *testing.M) { registrytest.Main(m) }
+func TestMain(m *testing.M) {
+	if err := flag.Set("test.parallel", "8"); err != nil { // the tests wait more than they work
+		panic(err)
+	}
+	registrytest.Main(m)
+}
 
 func TestConformance(t *testing.T) {
 	registrytest.Run(t, registrytest.Config{
-		New:   New,
-		Start: func(t *testing.T) registrytest.Backend { return newFake(t).backend() },
+		New:      newHasty,
+		Interval: 250 * time.Millisecond,
+		Start:    func(t *testing.T) registrytest.Backend { return newFake(t).backend() },
 	})
 }
 
 // TestConformanceOverTLS has all queries share connections.
 func TestConformanceOverTLS(t *testing.T) {
 	registrytest.Run(t, registrytest.Config{
-		New: New,
+		New:      newHasty,
+		Interval: 250 * time.Millisecond,
 		Start: func(t *testing.T) registrytest.Backend {
 			f := newTLSFake(t)
 			b := f.backend()
@@ -39,6 +48,18 @@ func TestConformanceOverTLS(t *testing.T) {
 		},
 		Skip: map[string]string{"one call hangs": "takes long, and plain HTTP has shown it"},
 	})
+}
+
+// newHasty is New, but gives up a request sooner where the interval is short, and leaves more time for a thousand services.
+func newHasty(e registry.Entry, env registry.Env) (registry.Registry, error) {
+	if e.RefreshInterval > registry.Interval(time.Second) {
+		e.RefreshInterval = registry.Interval(5 * time.Second)
+	}
+	r, err := New(e, env)
+	if c, ok := r.(*consul); ok && c.interval < time.Second {
+		c.timeout = 750 * time.Millisecond
+	}
+	return r, err
 }
 
 // testEnv is an Env with credentials.
@@ -150,6 +171,7 @@ func quick(e registry.Entry) registry.Entry {
 var good = registry.Credentials{"consulToken": goodToken}
 
 func TestNewSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		entry  registry.Entry
 		path   string
@@ -176,6 +198,7 @@ func TestNewSaysWhatIsWrong(t *testing.T) {
 }
 
 func TestHostHasTheDatacenter(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		edit func(*registry.Entry)
 		want string
@@ -186,6 +209,7 @@ func TestHostHasTheDatacenter(t *testing.T) {
 		"both":             {func(e *registry.Entry) { e.ConsulDatacenter, e.ConsulDataCenter = "dc4", "dc5" }, "user-api.dc4.consul"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			f := newFake(t)
 			f.set("user_api", at("10.0.0.1"))
 			e := f.entry()
@@ -205,6 +229,7 @@ func TestHostHasTheDatacenter(t *testing.T) {
 }
 
 func TestQueriesCarryWhatTheEntrySays(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	e := f.entry()
 	e.ConsulDatacenter, e.ConsulNamespace, e.ConsulPartition = "dc1", "team", "part"
@@ -222,6 +247,7 @@ func TestQueriesCarryWhatTheEntrySays(t *testing.T) {
 }
 
 func TestTag(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	blue := func(address string) fakeInstance {
 		return fakeInstance{node: "n", nodeAddress: address, Instance: at(address), tags: []string{" Blue"}}
@@ -245,6 +271,7 @@ func TestTag(t *testing.T) {
 }
 
 func TestWarning(t *testing.T) {
+	t.Parallel()
 	for _, passingOnly := range []bool{true, false} {
 		f := newFake(t)
 		f.setInstances("web", fakeInstance{node: "n", nodeAddress: "10.0.0.1", Instance: at("10.0.0.1"), warning: true, warnWeight: 7})
@@ -261,6 +288,7 @@ func TestWarning(t *testing.T) {
 // What follows is about tokens. The answers are those of an agent that denies by default.
 
 func TestNoTokenIsNoEmptyRegistry(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	rec := runWith(t, quick(f.entry()), testEnv(t, nil))
@@ -271,6 +299,7 @@ func TestNoTokenIsNoEmptyRegistry(t *testing.T) {
 }
 
 func TestTokenWithoutServices(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.edit(func() { f.policies[goodToken] = policy{nodes: true} })
 	rec := runWith(t, quick(f.entry()), testEnv(t, good))
@@ -281,6 +310,7 @@ func TestTokenWithoutServices(t *testing.T) {
 }
 
 func TestTokenWithoutNodes(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	f.edit(func() { f.policies[goodToken] = policy{services: readAll.services} })
@@ -293,6 +323,7 @@ func TestTokenWithoutNodes(t *testing.T) {
 }
 
 func TestLeastPrivilege(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web-a", at("10.0.0.1"))
 	f.set("web-b", at("10.0.0.2"))
@@ -316,6 +347,7 @@ func TestLeastPrivilege(t *testing.T) {
 }
 
 func TestNarrowedTokenRemovesNothing(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	f.set("pay", at("10.0.0.2"))
@@ -340,6 +372,7 @@ func TestNarrowedTokenRemovesNothing(t *testing.T) {
 }
 
 func TestNodesHiddenLater(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	rec := runWith(t, quick(f.entry()), testEnv(t, good))
@@ -349,7 +382,79 @@ func TestNodesHiddenLater(t *testing.T) {
 	noRemoval(t, rec)
 }
 
+// TestOneNodeHiddenLater has a policy hide a part of what the token saw before.
+func TestOneNodeHiddenLater(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.set("web", at("10.0.0.1"), at("10.0.0.2"))
+	rec := runWith(t, quick(f.entry()), testEnv(t, good))
+	wait(t, rec, "all", loaded("consul", "web"))
+	both := func(s registrytest.State) bool { return len(s.Services["web"].Instances) == 2 && s.Gap == nil }
+	hide := func(node string) {
+		f.edit(func() { f.policies[goodToken] = policy{services: readAll.services, nodes: true, hidden: node} })
+	}
+	hide("node-10.0.0.2")
+	wait(t, rec, "the service by name", failed("web", "may no longer read all", "node read"))
+	n := len(rec.State().Events)
+	f.edit(f.cut)
+	wait(t, rec, "the same in another session", func(s registrytest.State) bool {
+		return failed("web", "may no longer read all")(registrytest.State{Events: s.Events[n:]}) && both(s)
+	})
+	noRemoval(t, rec)
+	f.set("web", at("10.0.0.1"), at("10.0.0.2"), at("10.0.0.3"))
+	hide("")
+	wait(t, rec, "the widened token", func(s registrytest.State) bool {
+		return len(s.Services["web"].Instances) == 3 && s.Gap == nil && len(s.Gaps) == 0
+	})
+	noRemoval(t, rec)
+}
+
+// TestLastVisibleInstance has the one instance go that the token may see of two.
+func TestLastVisibleInstance(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.edit(func() {
+		f.policies[goodToken] = policy{services: readAll.services, nodes: true, hidden: "node-10.0.0.2"}
+	})
+	f.set("web", at("10.0.0.1"), at("10.0.0.2"))
+	rec := runWith(t, quick(f.entry()), testEnv(t, good))
+	wait(t, rec, "what may be seen", func(s registrytest.State) bool {
+		return loaded("consul", "web")(s) && len(s.Services["web"].Instances) == 1
+	})
+	f.set("web", at("10.0.0.2"))
+	wait(t, rec, "the service by name", failed("web", "may not read its instances", "node read"))
+	noRemoval(t, rec)
+}
+
+// TestFilteredListIsNoRemoval has a policy hide all but one service from the list, and all of them from a new session.
+func TestFilteredListIsNoRemoval(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.set("web", at("10.0.0.1"))
+	f.set("pay", at("10.0.0.2"))
+	rec := runWith(t, quick(f.entry()), testEnv(t, good))
+	wait(t, rec, "all", loaded("consul", "pay", "web"))
+	for _, visible := range []string{"web", "none"} {
+		f.edit(func() {
+			f.policies[goodToken] = policy{nodes: true, services: func(n string) bool { return n == visible }}
+		})
+		n := len(rec.State().Events)
+		f.edit(f.cut)
+		wait(t, rec, "listings in a new session", func(s registrytest.State) bool {
+			listings := 0
+			for _, e := range s.Events[n:] {
+				if e.Kind == registrytest.Synced {
+					listings++
+				}
+			}
+			return listings > 3 && s.Gaps["pay"] != nil && (visible == "web") == (s.Gaps["web"] == nil)
+		})
+		noRemoval(t, rec)
+	}
+}
+
 func TestStreamedAnswersAreNotBelieved(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.edit(func() { f.streams = true })
 	f.set("web", at("10.0.0.1"))
@@ -363,6 +468,7 @@ func TestStreamedAnswersAreNotBelieved(t *testing.T) {
 }
 
 func TestAnonymousToken(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	f.set("pay", at("10.0.0.2"))
@@ -388,7 +494,36 @@ func TestAnonymousToken(t *testing.T) {
 	}
 }
 
+// pathlike are names of services that something on the way may take for more than a name.
+var pathlike = []string{".", "..", "a//b", "a/../web", "a/b", "/", "a/", "...", "q?z", "x y", "100%", "%2e", "#"}
+
+func TestNamesThatLookLikePaths(t *testing.T) {
+	t.Parallel()
+	for _, cleaning := range []bool{false, true} {
+		f := newFake(t)
+		f.edit(func() { f.cleaning = cleaning })
+		f.set("web", at("10.0.0.99"))
+		for i, name := range pathlike {
+			f.set(name, at(fmt.Sprintf("10.0.0.%d", i)))
+		}
+		rec := runWith(t, quick(f.entry()), testEnv(t, good))
+		s := wait(t, rec, "all", func(s registrytest.State) bool { return s.Loaded && s.Gap == nil })
+		for i, name := range pathlike {
+			if cleaning && path.Clean("/"+name) != "/"+name {
+				if err := s.Gaps[name]; err == nil || !strings.Contains(err.Error(), "rename") || strings.Contains(err.Error(), "<") {
+					t.Errorf("%q: %v", name, err)
+				}
+				continue
+			}
+			if in := s.Services[name].Instances; len(in) != 1 || in[0].Address != fmt.Sprintf("10.0.0.%d", i) {
+				t.Errorf("%q has %v", name, in)
+			}
+		}
+	}
+}
+
 func TestTokenRotates(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	var token atomic.Value
@@ -409,18 +544,30 @@ func TestTokenRotates(t *testing.T) {
 // What follows is about answers that prove nothing.
 
 func TestUnprovenAnswers(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		spoil, mend func(*fake)
 		words       []string
 	}{
-		"no leader":  {func(f *fake) { f.leader = false }, func(f *fake) { f.leader = true }, []string{"no leader"}},
-		"stale":      {func(f *fake) { f.contact = time.Minute }, func(f *fake) { f.contact = time.Second }, []string{"1m0s ago"}},
-		"no Consul":  {func(f *fake) { f.bare = true }, func(f *fake) { f.bare = false }, []string{"is this a Consul agent"}},
-		"429":        {func(f *fake) { f.status["/v1/"] = 429 }, func(f *fake) { f.status = map[string]int{} }, []string{"429", "http_max_conns_per_client"}},
-		"500":        {func(f *fake) { f.status["/v1/"] = 500 }, func(f *fake) { f.status = map[string]int{} }, []string{"500"}},
+		"no leader": {func(f *fake) { f.leader = false }, func(f *fake) { f.leader = true }, []string{"no leader"}},
+		"stale":     {func(f *fake) { f.contact = time.Minute }, func(f *fake) { f.contact = time.Second }, []string{"1m0s ago"}},
+		"no Consul": {func(f *fake) { f.bare = true }, func(f *fake) { f.bare = false }, []string{"is this a Consul agent"}},
+		"429":       {func(f *fake) { f.status["/v1/"] = 429 }, func(f *fake) { f.status = map[string]int{} }, []string{"429", "http_max_conns_per_client"}},
+		"500":       {func(f *fake) { f.status["/v1/"] = 500 }, func(f *fake) { f.status = map[string]int{} }, []string{"500"}},
+		"no leader yet": {
+			func(f *fake) { f.status["/v1/"], f.text = 500, "No cluster leader\n" },
+			func(f *fake) { f.status = map[string]int{} },
+			[]string{"500 No cluster leader"},
+		},
+		"a page": {
+			func(f *fake) { f.status["/v1/"], f.text = 502, "<html>\n<h1>Oops</h1>" },
+			func(f *fake) { f.status = map[string]int{} },
+			[]string{"502 Bad Gateway"},
+		},
 		"redirected": {func(f *fake) { f.status["/v1/"] = 302 }, func(f *fake) { f.status = map[string]int{} }, []string{"302"}},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			f := newFake(t)
 			f.set("web", at("10.0.0.1"))
 			rec := runWith(t, quick(f.entry()), testEnv(t, good))
@@ -440,6 +587,7 @@ func TestUnprovenAnswers(t *testing.T) {
 }
 
 func TestIndexThatGoesBackIsAGap(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	for i := range 20 {
 		f.set("web", at(fmt.Sprintf("10.0.0.%d", 1+i)))
@@ -459,7 +607,113 @@ func TestIndexThatGoesBackIsAGap(t *testing.T) {
 	wait(t, rec, "the new cluster", loaded("consul"))
 }
 
+func TestIndexOfOneServiceThatGoesBackIsAGap(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.set("web", at("10.0.0.1"), at("10.0.0.2"))
+	rec := runWith(t, quick(f.entry()), testEnv(t, good))
+	n := len(wait(t, rec, "all", loaded("consul", "web")).Events)
+	f.edit(func() { // what an agent of another cluster may answer
+		f.services["web"] = &fakeService{index: 7, instances: f.services["web"].instances[:1]}
+	})
+	gapFirst(t, rec, n, "went back")
+	wait(t, rec, "the new state", func(s registrytest.State) bool {
+		return len(s.Services["web"].Instances) == 1 && s.Gap == nil && len(s.Gaps) == 0
+	})
+}
+
+// gapFirst waits for a gap of the registry with these words after the first n events, and then some listings more. No
+// event before the gap may change anything, unless a gap of its own goes before.
+func gapFirst(t *testing.T, rec *registrytest.Recorder, n int, words ...string) {
+	t.Helper()
+	all := func(s registrytest.State) registrytest.State { return registrytest.State{Events: s.Events[n:]} }
+	s := wait(t, rec, "a gap", func(s registrytest.State) bool { return failed("", words...)(all(s)) })
+	gaps := map[string]bool{}
+	for _, e := range s.Events[n:] {
+		if e.Kind == registrytest.Fail {
+			if len(e.IDs) == 0 {
+				return
+			}
+			gaps[e.IDs[0]] = true
+		}
+		if (e.Changed || len(e.Removed) > 0) && !gaps[e.IDs[0]] {
+			t.Errorf("%s %q changed something before a gap was reported", e.Kind, e.IDs)
+		}
+	}
+}
+
+// TestReplacedAgentIsAGap has another agent, of a cluster with a newer index, answer at the same address. The interval is
+// 30 s: no listing is missed.
+func TestReplacedAgentIsAGap(t *testing.T) {
+	t.Parallel()
+	touch := func(f *fake) { // a change of the catalog that is none of a service
+		f.index++
+		f.catalog = f.index
+		f.wake()
+	}
+	for name, c := range map[string]struct {
+		tls     bool
+		replace func(*fake)
+	}{
+		"while queries wait":              {false, (*fake).replace},
+		"while queries wait, over TLS":    {true, (*fake).replace},
+		"between two lists, over TLS":     {true, func(f *fake) { f.parted = (*fake).replace; touch(f) }},
+		"between two lists":               {false, func(f *fake) { f.parted = (*fake).replace; touch(f) }},
+		"the old one says that it closes": {false, func(f *fake) { f.server.Config.SetKeepAlivesEnabled(false); touch(f) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFake(t)
+			if c.tls {
+				f = newTLSFake(t)
+			}
+			f.set("web", at("10.0.0.1"), at("10.0.0.2"))
+			f.set("old", at("10.0.0.3"))
+			env := testEnv(t, good)
+			if c.tls {
+				env.ClientTLS = func() (*tls.Config, error) { return f.trust(), nil }
+			}
+			rec := runWith(t, f.entry(), env)
+			wait(t, rec, "all", loaded("consul", "old", "web"))
+			for lists := range 3 { // so that no query is the first one of its connection
+				if lists > 0 {
+					f.edit(func() { touch(f) })
+				}
+				f.await("queries that wait", func() bool { return f.waiting == 4 && f.asked(catalogPath) == lists+2 })
+			}
+			n := len(rec.State().Events)
+			f.edit(func() { c.replace(f) })
+			gapFirst(t, rec, n, "list services")
+			f.edit(func() { f.services["web"].instances[0].Port = 1; touch(f) })
+			wait(t, rec, "recovery", func(s registrytest.State) bool {
+				return s.Gap == nil && len(s.Gaps) == 0 && s.Services["web"].Instances[0].Port == 1
+			})
+		})
+	}
+}
+
+// TestServerThatKeepsNoConnection has an answer end its connection each time, as a proxy may do: that is no gap.
+func TestServerThatKeepsNoConnection(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.server.Config.SetKeepAlivesEnabled(false)
+	f.set("web", at("10.0.0.1"))
+	rec := runWith(t, quick(f.entry()), testEnv(t, good))
+	wait(t, rec, "all", loaded("consul", "web"))
+	f.set("web", at("10.0.0.1"), at("10.0.0.2"))
+	f.set("new", at("10.0.0.3"))
+	s := wait(t, rec, "changes, and some listings", func(s registrytest.State) bool {
+		return loaded("consul", "new", "web")(s) && len(s.Services["web"].Instances) == 2 && len(s.Events) > 30
+	})
+	for _, e := range s.Events {
+		if e.Kind == registrytest.Fail {
+			t.Errorf("Fail %q: %v", e.IDs, e.Err)
+		}
+	}
+}
+
 func TestEmptyAnswerOfAStartingClusterIsNotBelieved(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	rec := runWith(t, quick(f.entry()), testEnv(t, good))
@@ -481,6 +735,7 @@ func noRemovalOf(t *testing.T, rec *registrytest.Recorder, id string) {
 }
 
 func TestFailover(t *testing.T) {
+	t.Parallel()
 	a, b := newFake(t), newFake(t)
 	for _, f := range []*fake{a, b} {
 		f.set("web", at("10.0.0.1"))
@@ -517,6 +772,7 @@ func TestFailover(t *testing.T) {
 // What follows is about promptness and what it costs. The interval is 30 s: nothing is found by waiting for it.
 
 func TestChangesAreNoticedAtOnce(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	rec := runWith(t, f.entry(), testEnv(t, good))
@@ -555,6 +811,7 @@ func TestChangesAreNoticedAtOnce(t *testing.T) {
 }
 
 func TestFlappingIsSlowedDown(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
 	rec := runWith(t, f.entry(), testEnv(t, good))
@@ -582,6 +839,7 @@ func TestFlappingIsSlowedDown(t *testing.T) {
 
 // TestManyServices reads many more services than an agent allows connections, twice, by two entries.
 func TestManyServices(t *testing.T) {
+	t.Parallel()
 	f := newFake(t)
 	const n = 400
 	name := func(i int) string { return fmt.Sprintf("service-%04d", i) }
@@ -597,7 +855,7 @@ func TestManyServices(t *testing.T) {
 		wait(t, rec, "all services", func(s registrytest.State) bool { return s.Loaded && len(s.Services) == n+1 })
 	}
 	// The last names have no query of their own. A check tells of the one change, the catalog of the other.
-	for i := n - 40; i < n; i += 8 {
+	for i := n - 40; i < n; i += 16 {
 		for what, edit := range map[string]func(*registry.Instance){
 			"a check": func(in *registry.Instance) { in.Unhealthy = true },
 			"a port":  func(in *registry.Instance) { in.Port = 9090 },
@@ -665,11 +923,13 @@ func TestManyServices(t *testing.T) {
 }
 
 func TestCrowdedAgent(t *testing.T) {
+	t.Parallel()
 	for name, limit := range map[string]func(*fake){
 		"few connections":                     func(f *fake) { f.allowed = 40 },
 		"queries leave no room for a listing": func(f *fake) { f.busy = 60 },
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			f := newFake(t)
 			f.edit(func() { limit(f) })
 			const n = 150
@@ -692,6 +952,7 @@ func TestCrowdedAgent(t *testing.T) {
 }
 
 func TestTLS(t *testing.T) {
+	t.Parallel()
 	f := newTLSFake(t)
 	const n = 150
 	for i := range n {

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"path"
 	"runtime"
 	"slices"
 	"strconv"
@@ -42,6 +43,10 @@ type fake struct {
 	contact  time.Duration     // X-Consul-LastContact
 	leader   bool
 	status   map[string]int // path prefix -> status in place of an answer
+	text     string         // the body of such an answer
+	cleaning bool           // redirects paths that are not clean, as routers of old do
+	parted   func(*fake)    // called once, between two requests for the catalog, whose connection then ends
+	paths    map[net.Conn]string
 	hanging  bool
 	hangAt   int
 	hung     chan struct{}
@@ -82,6 +87,7 @@ type fakeInstance struct {
 type policy struct {
 	services func(name string) bool
 	nodes    bool
+	hidden   string // a node that it may not read though it may read others
 }
 
 var readAll = policy{services: func(string) bool { return true }, nodes: true}
@@ -90,6 +96,7 @@ func newFake(t *testing.T) *fake {
 	t.Helper()
 	f := &fake{
 		t: t, changed: make(chan struct{}), leader: true, allowed: 200, status: map[string]int{}, conns: map[net.Conn]bool{},
+		paths:    map[net.Conn]string{},
 		policies: map[string]policy{goodToken: readAll},
 	}
 	f.wipe()
@@ -183,8 +190,38 @@ func (f *fake) connState(c net.Conn, s http.ConnState) {
 	case http.StateNew:
 		f.conns[c] = f.tls == nil && len(f.conns) >= f.allowed
 		f.most = max(f.most, len(f.conns))
+	case http.StateIdle:
+		if f.parted != nil && f.paths[c] == catalogPath {
+			_ = c.Close() // after the answer, which a reset connection may lose
+			f.parted(f)
+			f.parted = nil
+		}
 	case http.StateClosed, http.StateHijacked:
 		delete(f.conns, c)
+		delete(f.paths, c)
+	}
+}
+
+// replace puts another agent, of another cluster with a newer index, in the place of this one: it knows one service with
+// one instance. What the old one had open breaks. It is called with the lock held, as cut is.
+func (f *fake) replace() {
+	f.index += 1000
+	f.catalog, f.checks = f.index, f.index
+	for name, s := range f.services {
+		f.services[name] = &fakeService{index: f.index, checks: f.index, instances: s.instances[:1]}
+	}
+	delete(f.services, "old")
+	f.cut()
+}
+
+// cut breaks all connections.
+func (f *fake) cut() {
+	for c := range f.conns {
+		if secured, ok := c.(*tls.Conn); ok {
+			c = secured.NetConn()
+		}
+		_ = c.(*net.TCPConn).SetLinger(0)
+		_ = c.Close()
 	}
 }
 
@@ -270,8 +307,10 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
+	f.paths[conn] = r.URL.Path
 	crowded := f.conns[conn] || f.busy > 0 && f.waiting > f.busy && r.URL.Path == catalogPath
-	code := 0
+	code, text := 0, cmp.Or(f.text, "the test says so")
+	cleaning := f.cleaning && path.Clean(r.URL.Path) != r.URL.Path
 	for prefix, c := range f.status {
 		if strings.HasPrefix(r.URL.Path, prefix) {
 			code = c
@@ -285,7 +324,9 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 		http.Error(w, "Your IP is issuing too many concurrent connections, please rate limit your calls", http.StatusTooManyRequests)
 	case code != 0:
-		http.Error(w, "the test says so", code)
+		http.Error(w, text, code)
+	case cleaning:
+		http.Redirect(w, r, path.Clean(r.URL.Path), http.StatusTemporaryRedirect)
 	default:
 		f.answer(w, r)
 	}
@@ -341,30 +382,31 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 				h.Del("X-Consul-Results-Filtered-By-Acls")
 			}
 		}
+		text := body()
 		f.mu.Unlock()
 		if code != 0 {
-			http.Error(w, body, code)
+			http.Error(w, text, code)
 			return
 		}
-		_, _ = fmt.Fprintln(w, body)
+		_, _ = fmt.Fprintln(w, text)
 		return
 	}
 }
 
-// look gives the present answer to a request.
-func (f *fake) look(r *http.Request) (index uint64, body string, filtered bool, code int) {
+// look gives the present answer to a request, whose body is only made for whoever sends it.
+func (f *fake) look(r *http.Request) (index uint64, body func() string, filtered bool, code int) {
 	token := r.Header.Get("X-Consul-Token")
 	p, ok := f.policies[token]
 	if !ok && token != "" {
-		return 0, "ACL not found", false, http.StatusForbidden
+		return 0, func() string { return "ACL not found" }, false, http.StatusForbidden
 	}
 	if p.services == nil {
 		p.services = func(string) bool { return false }
 	}
+	visible := func(name string, i fakeInstance) bool { return p.services(name) && p.nodes && i.node != p.hidden }
 	name, isService := strings.CutPrefix(r.URL.Path, "/v1/health/service/")
 	switch {
 	case r.URL.Path == catalogPath:
-		index = f.catalog
 		out := map[string][]string{}
 		for n, s := range f.services {
 			if !p.services(n) {
@@ -376,40 +418,40 @@ func (f *fake) look(r *http.Request) (index uint64, body string, filtered bool, 
 				out[n] = append(out[n], i.tags...)
 			}
 		}
-		body = encode(out)
+		index, body = f.catalog, func() string { return encode(out) }
 	case r.URL.Path == "/v1/health/state/any":
-		index = f.checks
-		out := []map[string]any{}
-		for n, s := range f.services {
-			for _, i := range s.instances {
-				if !p.nodes || !p.services(n) {
-					filtered = true
-					continue
-				}
-				for _, c := range i.checksOf(n) {
-					c["ModifyIndex"] = s.checks
-					out = append(out, c)
+		index, body = f.checks, func() string {
+			out := []map[string]any{}
+			for n, s := range f.services {
+				for _, i := range s.instances {
+					if !visible(n, i) {
+						continue
+					}
+					for _, c := range i.checksOf(n) {
+						c["ModifyIndex"] = s.checks
+						out = append(out, c)
+					}
 				}
 			}
+			return encode(out)
 		}
-		body = encode(out)
 	case isService:
 		s := f.services[name]
 		if s == nil {
-			return max(f.catalog, f.checks), "[]", false, 0
+			return max(f.catalog, f.checks), func() string { return "[]" }, false, 0
 		}
-		index = s.index
-		out := []any{}
-		for _, i := range s.instances {
-			if !p.services(name) || !p.nodes {
-				filtered = true
-				continue
+		filtered = slices.ContainsFunc(s.instances, func(i fakeInstance) bool { return !visible(name, i) })
+		index, body = s.index, func() string {
+			out := []any{}
+			for _, i := range s.instances {
+				if visible(name, i) {
+					out = append(out, i.entry(name))
+				}
 			}
-			out = append(out, i.entry(name))
+			return encode(out)
 		}
-		body = encode(out)
 	default:
-		return 0, "no such path", false, http.StatusNotFound
+		return 0, func() string { return "no such path" }, false, http.StatusNotFound
 	}
 	return index, body, filtered && token != "", 0
 }
@@ -475,6 +517,17 @@ func (i fakeInstance) entry(name string) map[string]any {
 // entry is the entry that reads the fake.
 func (f *fake) entry() registry.Entry {
 	return registry.Entry{Type: "consul", Name: "test", Domain: f.address, AuthSecretName: "consul"}
+}
+
+// asked counts the requests for a path so far, with the lock held.
+func (f *fake) asked(path string) int {
+	n := 0
+	for _, q := range f.queries {
+		if strings.HasPrefix(q, path+"?") {
+			n++
+		}
+	}
+	return n
 }
 
 func (f *fake) requests() int {

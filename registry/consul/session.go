@@ -98,9 +98,8 @@ type service struct {
 	// settled says that it was read, or failed by name, so that a listing may name it.
 	settled bool
 	// index is the version of the last answer, 0 before it.
-	index    uint64
-	filtered bool
-	nodes    []string
+	index uint64
+	nodes []string
 	// watch is the blocking query, nil if there is none.
 	watch *watch
 	// stage tells whether the service is about to be read otherwise. again is where it is to be queued after that,
@@ -154,8 +153,7 @@ func (q *queue) sent() {
 }
 
 func newSession(c *consul, server registry.Server, m *memory, sink registry.Sink) (*session, error) {
-	timeout := min(max(c.interval, 2*time.Second), 10*time.Second)
-	cl, err := newClient(c.env, server, c.query, timeout)
+	cl, err := newClient(c.env, server, c.query, c.timeout)
 	if err != nil {
 		return nil, err
 	}
@@ -410,7 +408,7 @@ func (s *session) believable(names map[string][]string, m meta) error {
 func (s *session) begin(name string, doubtful bool) {
 	sv := s.services[name]
 	if sv == nil {
-		sv = &service{name: name, changed: time.Now()}
+		sv = &service{name: name, changed: time.Now(), backoff: registry.Backoff{Max: s.interval}}
 		s.services[name] = sv
 		s.unsettled++
 	}
@@ -429,6 +427,7 @@ func (s *session) forget(name string) {
 		sv.stage = idle
 		delete(s.services, name)
 	}
+	delete(s.memory.whole, name)
 	s.sink.Delete(name)
 }
 
@@ -611,10 +610,20 @@ func (s *session) ask(ctx context.Context, name string, index uint64) answer {
 
 // answered takes an answer about a service.
 func (s *session) answered(sv *service, a answer) {
-	if a.err == nil && a.filtered && a.all == 0 && !sv.filtered {
-		// It has instances, but the token may not see them. If it saw some before, without seeing all, those are gone.
+	if a.err == nil && a.index < sv.index {
+		s.ended = fmt.Errorf("read service %s of consul at %s: %w from %d to %d: was the cluster restarted or restored?", sv.name,
+			s.client.server, errReset, sv.index, a.index)
+		return
+	}
+	switch whole := s.memory.whole[sv.name]; {
+	case a.err != nil || !a.filtered:
+	case a.all == 0:
 		a.err = fmt.Errorf("read service %s of consul at %s: %w: the token may not read its instances: grant it service "+
 			"and node read", sv.name, s.client.server, errUnproven)
+	case whole: // what is not there may be gone, or merely hidden
+		a.err = fmt.Errorf("read service %s of consul at %s: %w: the token may no longer read all its instances: grant it "+
+			"service and node read for all of them, or restart regbridge to do without those that it cannot see", sv.name,
+			s.client.server, errUnproven)
 	}
 	if blank := a.err == nil && a.anonymous && a.all == 0; blank && sv.blank {
 		a.err = fmt.Errorf("read service %s of consul at %s: %w: it has no instances though the service is listed: may the "+
@@ -640,14 +649,6 @@ func (s *session) answered(sv *service, a answer) {
 		s.forget(sv.name)
 		return
 	}
-	switch {
-	case a.index < sv.index:
-		s.sink.Fail(fmt.Errorf("read service %s of consul at %s: %w from %d to %d", sv.name, s.client.server, errReset,
-			sv.index, a.index), sv.name)
-	case a.filtered && !sv.filtered && sv.index > 0:
-		s.sink.Fail(fmt.Errorf("read service %s of consul at %s: the token may no longer read all its instances", sv.name,
-			s.client.server), sv.name)
-	}
 	if a.index != sv.index {
 		sv.changed = time.Now()
 		if sv.index > 0 && sv.watch == nil {
@@ -657,7 +658,10 @@ func (s *session) answered(sv *service, a answer) {
 	s.settle(sv)
 	s.explain(a.index)
 	lost := slices.DeleteFunc(sv.nodes, func(n string) bool { return slices.Contains(a.nodes, n) })
-	sv.index, sv.filtered, sv.nodes = a.index, a.filtered, a.nodes
+	sv.index, sv.nodes = a.index, a.nodes
+	if !a.filtered {
+		s.memory.whole[sv.name] = true
+	}
 	s.affected(nil, lost) // a node that is gone takes all its services away at once
 	if s.datacenter == "" && a.datacenter != "" {
 		s.memory.datacenter = a.datacenter
