@@ -31,7 +31,7 @@ func newBenchBridge(b *testing.B, shards ...int) *benchBridge {
 	b.Helper()
 	cache := xds.NewCache(xds.Options{Published: istio.Published(), ShardCounts: shards})
 	br, err := New(Options{
-		Mesh: cache, Renderer: IstioRenderer{istio.Stock}, Logger: slog.New(slog.DiscardHandler), TempDir: b.TempDir(),
+		Mesh: cache, Renderer: IstioRenderer{istio.Stock}, Logger: slog.New(slog.DiscardHandler),
 		StateDir: filepath.Join(b.TempDir(), "state"),
 	})
 	if err != nil {

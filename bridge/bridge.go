@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"sync"
 	"time"
 
@@ -37,8 +36,6 @@ type Options struct {
 	Renderer Renderer
 	// StateDir is the folder of the snapshots; empty keeps none. It is created.
 	StateDir string
-	// TempDir is where adapters get their private folders; it must exist.
-	TempDir string
 	// FirstAnswerDeadline is how long a registry without a snapshot is waited for before first answers go out.
 	FirstAnswerDeadline time.Duration
 	// Coalesce is the shortest time between two version steps. The first change after a quiet time goes out at once.
@@ -83,7 +80,7 @@ type Bridge struct {
 	runs runs // all Runs, also of entries that are gone
 }
 
-// New makes a Bridge. It opens nothing but the folder of the snapshots.
+// New makes a Bridge. It opens nothing but the folder of the snapshots, which belongs to this process until Run ends.
 func New(opts Options) (*Bridge, error) {
 	if opts.VIPRange == (netip.Prefix{}) {
 		opts.VIPRange = netip.MustParsePrefix(DefaultVIPRange)
@@ -93,7 +90,7 @@ func New(opts Options) (*Bridge, error) {
 		publisher: &publisher{mesh: opts.Mesh, renderer: opts.Renderer, vips: newVIPPool(opts.VIPRange), hosts: map[string]*published{}},
 	}
 	if opts.StateDir != "" {
-		s, err := openSnapshots(opts.StateDir)
+		s, err := openSnapshots(opts.StateDir, opts.Logger)
 		if err != nil {
 			return nil, err
 		}
@@ -119,7 +116,7 @@ func (b *Bridge) Run(ctx context.Context) error {
 	}
 	err := g.Wait()
 	if b.snapshots != nil { // before the adapters have ended: nobody hears them any more
-		err = errors.Join(err, b.saveSnapshots())
+		err = errors.Join(err, b.saveSnapshots(), b.snapshots.lock.Close())
 	}
 	if left := b.runs.wait(stopTimeout); len(left) > 0 {
 		b.opts.Logger.Error("adapters did not end in time: they are left behind", "registries", left, "timeout", stopTimeout)
@@ -355,14 +352,4 @@ func (b *Bridge) report(c Config) {
 	if c.Err != nil && (b.config.Err == nil || b.config.Err.Error() != c.Err.Error()) {
 		b.opts.Logger.Error("the configuration cannot be read; what was read before stays", "error", c.Err)
 	}
-}
-
-// privateDir makes the folder of one adapter. An edited entry's new adapter gets a new one, since the old one may still be
-// at work in its own.
-func (b *Bridge) privateDir(key Key) (string, error) {
-	dir, err := os.MkdirTemp(b.opts.TempDir, snapshotName(key)+"-")
-	if err != nil {
-		return "", fmt.Errorf("make the private folder of registry %s: %w", key, err)
-	}
-	return dir, nil
 }

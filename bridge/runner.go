@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
-	"os"
 	"reflect"
 	"runtime/debug"
 	"slices"
@@ -81,16 +80,8 @@ func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	b := run.bridge
 	before, after := run.config.Entry.Fingerprint(), rc.Entry.Fingerprint()
 	again := !run.running || before != after
-	dir := "" // the adapter that is made only for its problems needs none
-	if again {
-		var err error
-		if dir, err = b.privateDir(rc.Key); err != nil {
-			return err
-		}
-	}
-	adapter, warnings, err := split(Construct(b.opts.Types, rc.Entry, run.env(rc, dir)))
+	adapter, warnings, err := split(Construct(b.opts.Types, rc.Entry, run.env(rc)))
 	if err != nil {
-		run.removeDir(dir)
 		return err
 	}
 	if again {
@@ -113,21 +104,10 @@ func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	rctx, cancel := context.WithCancel(ctx)
 	run.cancel, run.running = cancel, true
 	b.runs.start(run.key, func() {
-		defer run.removeDir(dir)
 		defer cancel()
 		run.supervise(rctx, adapter, rc)
 	})
 	return nil
-}
-
-// removeDir deletes the private folder of an adapter that has ended.
-func (run *runner) removeDir(dir string) {
-	if dir == "" {
-		return
-	}
-	if err := os.RemoveAll(dir); err != nil {
-		run.log.Error("delete the private folder of an adapter", "error", err)
-	}
 }
 
 // split tells a constructor's warnings about parts of an entry from an error that makes it unusable.
@@ -361,7 +341,7 @@ func (run *runner) secret(name string) (registry.Credentials, error) {
 }
 
 // env is what the adapter may use.
-func (run *runner) env(rc RegistryConfig, dir string) registry.Env {
+func (run *runner) env(rc RegistryConfig) registry.Env {
 	return registry.Env{
 		Credentials: func() (registry.Credentials, error) {
 			if rc.Entry.AuthSecretName == "" {
@@ -372,7 +352,6 @@ func (run *runner) env(rc RegistryConfig, dir string) registry.Env {
 		ClientTLS: func() (*tls.Config, error) { return run.clientTLS(rc.Entry.TLS) },
 		Logger:    run.log,
 		Observe:   run.observe,
-		Dir:       dir,
 		Budgets:   &run.bridge.budgets,
 	}
 }

@@ -66,11 +66,11 @@ type world struct {
 	t     *testing.T
 	where string // the line that runs
 
-	stateDir, tempDir string
-	config            Config
-	configs           chan Config
-	secrets           *fakeSecrets
-	log               *syncBuffer
+	stateDir string
+	config   Config
+	configs  chan Config
+	secrets  *fakeSecrets
+	log      *syncBuffer
 
 	bridge *Bridge
 	mesh   *fakeMesh
@@ -90,7 +90,7 @@ type world struct {
 
 func newWorld(t *testing.T) *world {
 	return &world{
-		t: t, stateDir: t.TempDir(), tempDir: t.TempDir(), secrets: &fakeSecrets{m: map[string]registry.Credentials{}},
+		t: t, stateDir: t.TempDir(), secrets: &fakeSecrets{m: map[string]registry.Credentials{}},
 		log: &syncBuffer{}, registries: map[string]*scripted{}, config: Config{Read: true}, deadline: time.Minute, dialect: istio.Stock,
 		mesh: &fakeMesh{resources: map[xds.Ref]xds.Resource{}},
 	}
@@ -128,7 +128,7 @@ func (w *world) start() {
 	w.metrics = prometheus.NewRegistry()
 	b, err := New(Options{
 		Types: map[string]Constructor{"script": construct}, Source: w, Secrets: w.secrets, Mesh: w.mesh,
-		Renderer: renderer, StateDir: w.stateDir, TempDir: w.tempDir,
+		Renderer: renderer, StateDir: w.stateDir,
 		FirstAnswerDeadline: w.deadline, Coalesce: DefaultCoalesce, VIPRange: w.vipRange,
 		Logger:     slog.New(slog.NewTextHandler(w.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		Registerer: w.metrics,

@@ -10,11 +10,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/regbridge/regbridge/labels"
@@ -27,7 +29,8 @@ import (
 // a line that names the format and the registry, a gob stream (a header, then one record per service), and the SHA-256
 // of all that. Files are replaced atomically. They hold facts, never credentials.
 type snapshots struct {
-	dir string
+	dir  string
+	lock *os.File // the folder; closing it lets another process have it
 
 	mu    sync.Mutex     // held while files change
 	saved map[Key]uint64 // registryState.version that the file holds
@@ -39,6 +42,7 @@ const (
 	snapshotSuffix = ".snapshot"
 	snapshotTemp   = ".unfinished-"
 	maxSnapshot    = 8 << 30 // bytes
+	lockTimeout    = 5 * time.Second
 	// snapshotPeriod is the shortest time between two rounds of writing; a round that takes long makes it longer, so
 	// that writing takes at most a twentieth of the time.
 	snapshotPeriod = 5 * time.Second
@@ -93,20 +97,34 @@ type snapshotHeld struct {
 	Readable                    time.Duration
 }
 
-func openSnapshots(dir string) (*snapshots, error) {
+// openSnapshots makes the folder, and takes it for this process: two that write into one would delete each other's files.
+func openSnapshots(dir string, log *slog.Logger) (*snapshots, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the snapshots: %w", err)
 	}
+	lock, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open the folder of the snapshots: %w", err)
+	}
+	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(100 * time.Millisecond) { // a predecessor may be about to end
+		err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil || !errors.Is(err, syscall.EWOULDBLOCK) { // not every file system has locks
+			break
+		}
+		if time.Now().After(deadline) {
+			return nil, errors.Join(errors.New("another process of regbridge uses the folder: give each its own"), lock.Close())
+		}
+	}
 	unfinished, err := filepath.Glob(filepath.Join(dir, snapshotTemp+"*"))
 	if err != nil {
-		return nil, fmt.Errorf("look for unfinished snapshots: %w", err)
+		return nil, fmt.Errorf("look for unfinished snapshots: %w", errors.Join(err, lock.Close()))
 	}
 	for _, file := range unfinished { // of a process that crashed
 		if err := os.Remove(file); err != nil {
-			return nil, fmt.Errorf("delete an unfinished snapshot: %w", err)
+			log.Warn("an unfinished snapshot cannot be deleted", "error", err)
 		}
 	}
-	return &snapshots{dir: dir, saved: map[Key]uint64{}}, nil
+	return &snapshots{dir: dir, lock: lock, saved: map[Key]uint64{}}, nil
 }
 
 func snapshotName(key Key) string {
@@ -118,12 +136,13 @@ func (s *snapshots) path(key Key) string {
 	return filepath.Join(s.dir, snapshotName(key)+snapshotSuffix)
 }
 
-// write stores what the state holds, if that changed since the file was written.
+// write stores what the state holds, if that changed since the file was written, or somebody deleted the file.
 func (s *snapshots) write(r *registryState) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.mu.Lock()
-	if !r.storable() || r.version == s.saved[r.key] {
+	_, missing := os.Stat(s.path(r.key))
+	if !r.storable() || missing == nil && r.version == s.saved[r.key] {
 		r.mu.Unlock()
 		return nil
 	}
@@ -242,6 +261,9 @@ func recordOf(s *serviceState, table map[labels.Set]int) *snapshotRecord {
 	return rec
 }
 
+// errDamaged is wrapped by errors about what is in a snapshot, not about reading it.
+var errDamaged = errors.New("it is damaged")
+
 // read loads the snapshot of a registry. Without one it returns an error that wraps os.ErrNotExist.
 func (s *snapshots) read(key Key) (snapshotHeader, map[string]*serviceState, error) {
 	content, err := regularfile.Read(s.path(key), maxSnapshot)
@@ -251,6 +273,9 @@ func (s *snapshots) read(key Key) (snapshotHeader, map[string]*serviceState, err
 	header, services, err := decodeSnapshot(content)
 	if err == nil && header.Key != key {
 		err = fmt.Errorf("it belongs to registry %s", header.Key)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return header, services, err
 }
@@ -390,6 +415,10 @@ func (b *Bridge) restore(r *registryState, rc RegistryConfig) {
 		return
 	}
 	path := b.snapshots.path(rc.Key)
+	if err != nil && !errors.Is(err, errDamaged) {
+		b.opts.Logger.Error("snapshot cannot be read: what it knows is not served", "registry", rc.Key.String(), "error", err)
+		return
+	}
 	if err != nil {
 		aside := path + ".damaged"
 		b.opts.Logger.Error("snapshot cannot be used; it is set aside", "registry", rc.Key.String(), "file", aside, "error", err)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"io"
+	"log/slog"
 	"math"
 	"os"
 	"path/filepath"
@@ -115,7 +116,7 @@ func TestSnapshotDamage(t *testing.T) {
 }
 
 func TestSnapshotOfAnother(t *testing.T) {
-	s, err := openSnapshots(t.TempDir())
+	s, err := openSnapshots(t.TempDir(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,7 +161,7 @@ func TestSnapshotIsReplacedAtomically(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, snapshotTemp+"1"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openSnapshots(dir); err != nil {
+	if _, err := openSnapshots(dir, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
 	if files, _ := os.ReadDir(dir); len(files) != 1 {
@@ -224,7 +225,7 @@ func TestSnapshotFromTheFuture(t *testing.T) {
 
 // TestSnapshotThatIsAPipe holds that something strange in the snapshot's place cannot keep us from starting.
 func TestSnapshotThatIsAPipe(t *testing.T) {
-	s, err := openSnapshots(t.TempDir())
+	s, err := openSnapshots(t.TempDir(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

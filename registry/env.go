@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// Env is what an adapter may use of its surroundings. No adapter reads the environment, writes outside Dir, logs
+// Env is what an adapter may use of its surroundings. No adapter reads the environment, writes files, logs
 // elsewhere or registers metrics by itself.
 type Env struct {
 	// Credentials returns the current content of the Secret that the entry names, empty if it names none. It is called
@@ -24,8 +24,6 @@ type Env struct {
 	Logger *slog.Logger
 	// Observe counts one request to the registry: what was done ("list", "health"), how long it took and how it ended.
 	Observe func(operation string, took time.Duration, err error)
-	// Dir is an existing folder for this registry alone, which goes with it.
-	Dir string
 	// Budgets bounds what all entries together may ask of one server.
 	Budgets *Budgets
 }

@@ -109,7 +109,7 @@ func newWorldOf(t *testing.T, renderer bridge.Renderer, c bridge.Config, change 
 	w.cache = xds.NewCache(xds.Options{Published: istio.Published(), Logger: log, Registerer: metrics})
 	b, err := bridge.New(bridge.Options{
 		Types: types, Source: given{c}, Secrets: secrets{}, Mesh: w.cache, Renderer: renderer,
-		TempDir: t.TempDir(), FirstAnswerDeadline: time.Minute, Logger: log, Registerer: metrics,
+		FirstAnswerDeadline: time.Minute, Logger: log, Registerer: metrics,
 	})
 	if err != nil {
 		t.Fatal(err)

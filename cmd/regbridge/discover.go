@@ -164,16 +164,11 @@ func discover(ctx context.Context, f discoverFlags, path string, stderr io.Write
 	if _, err := os.Stat(path); err != nil {
 		return found{}, fmt.Errorf("read the configuration: %w", err)
 	}
-	temp, err := os.MkdirTemp("", "regbridge-")
-	if err != nil {
-		return found{}, fmt.Errorf("make a temporary folder: %w", err)
-	}
-	defer os.RemoveAll(temp) //nolint:errcheck // it is empty, and temporary
 	mesh := &audience{opened: make(chan struct{})}
 	secrets, _ := f.input.secrets(source.SecretDirOptions{Logger: log})
 	files := source.NewFiles(source.FilesOptions{Path: path, DefaultsFile: f.input.registryDefaults, Logger: log})
 	b, err := bridge.New(bridge.Options{
-		Types: types(), Source: firstReading{files}, Secrets: secrets, Mesh: mesh, Renderer: renderer, TempDir: temp,
+		Types: types(), Source: firstReading{files}, Secrets: secrets, Mesh: mesh, Renderer: renderer,
 		FirstAnswerDeadline: f.timeout, VIPRange: f.mesh.vipRange, Logger: log,
 	})
 	if err != nil {

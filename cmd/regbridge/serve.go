@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -183,21 +182,17 @@ func (d *daemon) open() (err error) {
 		}
 		return fmt.Errorf("--xds-tls-cert, --xds-tls-key, --xds-client-ca: %w", err)
 	}
-	if d.temp, err = os.MkdirTemp("", "regbridge-"); err != nil {
-		return fmt.Errorf("make a temporary folder: %w", err)
-	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50) // most of the heap lives long: this keeps a million endpoints below 1 KB each
 	}
 	d.config = f.config
 	if f.quickstart {
+		if d.temp, err = os.MkdirTemp("", "regbridge-"); err != nil {
+			return fmt.Errorf("make a folder for the quickstart: %w", err)
+		}
 		if d.config, err = extractQuickstart(d.temp); err != nil {
 			return err
 		}
-	}
-	private := filepath.Join(d.temp, "registries")
-	if err := os.Mkdir(private, 0o700); err != nil {
-		return fmt.Errorf("make a temporary folder: %w", err)
 	}
 	var secrets bridge.Secrets
 	secrets, d.secrets = f.input.secrets(source.SecretDirOptions{Logger: d.log})
@@ -208,7 +203,6 @@ func (d *daemon) open() (err error) {
 		Mesh:     cache,
 		Renderer: renderer,
 		StateDir: f.stateDir,
-		TempDir:  private,
 
 		FirstAnswerDeadline: f.deadline,
 		Coalesce:            bridge.DefaultCoalesce,

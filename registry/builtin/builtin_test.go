@@ -28,7 +28,7 @@ func TestTypes(t *testing.T) {
 	}
 	for name, construct := range types {
 		env := registry.Env{
-			Logger: slog.New(slog.DiscardHandler), Observe: func(string, time.Duration, error) {}, Dir: t.TempDir(),
+			Logger: slog.New(slog.DiscardHandler), Observe: func(string, time.Duration, error) {},
 			Budgets: &registry.Budgets{},
 		}
 		if r, err := construct(good[name], env); r == nil || err != nil {

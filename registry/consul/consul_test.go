@@ -70,7 +70,6 @@ func testEnv(t *testing.T, credentials registry.Credentials) registry.Env {
 		ClientTLS:   func() (*tls.Config, error) { return nil, nil },
 		Logger:      slog.New(slog.DiscardHandler),
 		Observe:     func(string, time.Duration, error) {},
-		Dir:         t.TempDir(),
 		Budgets:     &registry.Budgets{},
 	}
 }

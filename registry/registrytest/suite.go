@@ -103,7 +103,6 @@ func newHarness(t *testing.T, c Config) *harness {
 		ClientTLS:   func() (*tls.Config, error) { return h.b.ClientTLS.Clone(), nil },
 		Logger:      slog.New(slog.NewTextHandler(&testWriter{t: t, secrets: h.b.Credentials}, nil)),
 		Observe:     func(string, time.Duration, error) {},
-		Dir:         t.TempDir(),
 		Budgets:     &registry.Budgets{},
 	}
 	return h
