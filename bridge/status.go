@@ -35,7 +35,8 @@ type Status struct {
 	Origin string `json:"origin"`
 	Path   string `json:"path"`
 	State  State  `json:"state"`
-	// Stale says that what is published comes from before our start, or from a source that an edit replaced.
+	// Stale says that what is published may be out of date: the registry cannot be read, or it comes from before our start or
+	// from a source that an edit replaced.
 	Stale bool `json:"stale"`
 	// RefreshInterval is the effective one.
 	RefreshInterval string `json:"refreshInterval"`
@@ -114,7 +115,7 @@ func (run *runner) status() Status {
 
 func (r *registryState) describe(s *Status, merged []LeftOut) {
 	s.State = cmp.Or(s.State, r.state())
-	s.Stale = r.restored && !r.loaded
+	s.Stale = r.restored && !r.loaded || r.failing() && len(r.services) > 0
 	if !r.lastSync.IsZero() {
 		at := r.lastSync
 		s.LastSync = &at
