@@ -5,6 +5,7 @@ import (
 	"github.com/regbridge/regbridge/registry"
 	"github.com/regbridge/regbridge/registry/consul"
 	"github.com/regbridge/regbridge/registry/dns"
+	"github.com/regbridge/regbridge/registry/nacos"
 	"github.com/regbridge/regbridge/registry/static"
 )
 
@@ -13,6 +14,9 @@ func Types() map[string]func(registry.Entry, registry.Env) (registry.Registry, e
 	return map[string]func(registry.Entry, registry.Env) (registry.Registry, error){
 		"consul": consul.New,
 		"dns":    dns.New,
+		"nacos":  nacos.NewHTTP,
+		"nacos2": nacos.NewGRPC,
+		"nacos3": nacos.NewGRPC,
 		"static": static.New,
 	}
 }

@@ -20,6 +20,9 @@ func TestTypes(t *testing.T) {
 	good := map[string]registry.Entry{
 		"consul": {Type: "consul", Name: "main", Domain: "consul.example.com", Port: 8500},
 		"dns":    {Type: "dns", Name: "shop", Domain: "shop.example.com", Port: 80},
+		"nacos":  {Type: "nacos", Name: "old", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
+		"nacos2": {Type: "nacos2", Name: "main", Domain: "nacos.example.com", Port: 8848, NacosGroups: []string{"DEFAULT_GROUP"}},
+		"nacos3": {Type: "nacos3", Name: "new", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
 		"static": {Type: "static", Name: "web", Domain: "192.0.2.1:8080", Port: 80},
 	}
 	types := builtin.Types()

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -213,6 +214,18 @@ func TestExamples(t *testing.T) {
 			o.Args = []string{"--secrets-dir", secrets}
 			return strings.ReplaceAll(text, "127.0.0.1:8500", consul.Address)
 		}},
+		{"nacos", "web.DEFAULT-GROUP.public.nacos", func(t *testing.T, text string, o *harness.RegbridgeOptions) string {
+			t.Helper()
+			nacos := harness.StartNacos(t, servers.Nacos2, harness.NacosOptions{Auth: true})
+			nacos.Register(harness.NacosInstance{Service: "web", IP: "192.0.2.9", Port: 8080})
+			secrets := t.TempDir()
+			secret := strings.ReplaceAll(read(t, "examples/nacos/secrets/nacos-login.yaml"), "put-your-password-here", nacos.Password)
+			if err := os.WriteFile(filepath.Join(secrets, "nacos-login.yaml"), []byte(secret), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			o.Args = []string{"--secrets-dir", secrets, "--first-answer-deadline", "10s"} // the old server is away
+			return strings.ReplaceAll(text, "port: 8848", "port: "+strconv.Itoa(nacos.Port))
+		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			text := read(t, "examples/"+tc.name+"/bridge.yaml")
@@ -252,7 +265,7 @@ func TestExamples(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range dirs {
-		if !slices.Contains([]string{"quickstart", "static", "dns", "consul", "istiod"}, filepath.Base(d)) {
+		if !slices.Contains([]string{"quickstart", "static", "dns", "consul", "nacos", "istiod"}, filepath.Base(d)) {
 			t.Errorf("%s is run by no test", d)
 		}
 	}

@@ -2,6 +2,7 @@ package harness
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,8 +34,13 @@ type command struct {
 	// env is added to PATH, HOME and TMPDIR, the only variables taken from our own environment or set; HOME and TMPDIR
 	// are the server's folder, which is also its working directory.
 	env []string
-	// ready returns nil when the server serves; it is asked again and again.
-	ready func(context.Context) error
+	// ready returns nil when the server serves; it is asked again and again, for readyTimeout or for within.
+	ready  func(context.Context) error
+	within time.Duration
+	// logs are files in the server's folder that it logs to beside its standard output and error.
+	logs []string
+	// mishap is what the log says when it was bad luck that the server did not start: it is started again.
+	mishap string
 }
 
 // A Process is one server of a test. It ends with the test.
@@ -66,7 +72,7 @@ func start(tb testing.TB, name string, choose func(*Process) (command, error)) *
 	tb.Cleanup(func() {
 		p.Kill()
 		if tb.Failed() {
-			tb.Logf("the end of %s's log:\n%s", name, tail(p.Log()))
+			tb.Logf("the end of %s's log:\n%s", name, p.tail(false))
 		}
 	})
 	if err := p.start(choose); err != nil {
@@ -74,6 +80,10 @@ func start(tb testing.TB, name string, choose func(*Process) (command, error)) *
 	}
 	return p
 }
+
+// portTaken reports whether the log of a server that did not start tells of a port that another process has. Go and Java
+// do not begin with the same letter.
+func portTaken(log string) bool { return strings.Contains(log, "ddress already in use") }
 
 func (p *Process) start(choose func(*Process) (command, error)) error {
 	for try := 1; ; try++ {
@@ -85,8 +95,10 @@ func (p *Process) start(choose func(*Process) (command, error)) error {
 			return nil
 		}
 		p.Kill()
-		if try == startTries || !strings.Contains(p.log(true), "address already in use") {
-			return fmt.Errorf("start %s: %w; the end of its log:\n%s", p.name, err, tail(p.log(true)))
+		log := p.log(true)
+		badLuck := portTaken(log) || p.command.mishap != "" && strings.Contains(log, p.command.mishap)
+		if try == startTries || !badLuck {
+			return fmt.Errorf("start %s: %w; the end of its log:\n%s", p.name, err, p.tail(true))
 		}
 	}
 }
@@ -129,7 +141,8 @@ func (p *Process) launch() error {
 }
 
 func (p *Process) waitReady(r *run) error {
-	ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
+	within := cmp.Or(p.command.within, readyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	for {
 		err := p.command.ready(ctx)
@@ -140,7 +153,7 @@ func (p *Process) waitReady(r *run) error {
 		case <-r.done:
 			return fmt.Errorf("it ended before it was ready (%v)", r.cmd.ProcessState)
 		case <-ctx.Done():
-			return fmt.Errorf("not ready within %v: %w", readyTimeout, err)
+			return fmt.Errorf("not ready within %v: %w", within, err)
 		case <-time.After(pollEvery / 2):
 		}
 	}
@@ -240,6 +253,19 @@ func (p *Process) log(latest bool) string {
 		log = log[r.logPos:]
 	}
 	return string(log)
+}
+
+// tail is the end of the log, of the latest life alone or the whole, and of the server's other log files.
+func (p *Process) tail(latest bool) string {
+	all := []string{tail(p.log(latest))}
+	for _, name := range p.command.logs {
+		log, err := os.ReadFile(filepath.Join(p.dir, name))
+		if err != nil {
+			log = []byte(err.Error())
+		}
+		all = append(all, name+":", tail(string(log)))
+	}
+	return strings.Join(all, "\n")
 }
 
 func tail(log string) string {

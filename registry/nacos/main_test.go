@@ -1,0 +1,9 @@
+package nacos
+
+import (
+	"testing"
+
+	"github.com/regbridge/regbridge/registry/registrytest"
+)
+
+func TestMain(m *testing.M) { registrytest.Main(m) }
