@@ -63,7 +63,12 @@ func (f *pushServer) run(edit ...func(*settings)) *pushRun {
 
 func runPush(t *testing.T, e registry.Entry, env registry.Env, edit ...func(*settings)) *pushRun {
 	t.Helper()
-	r, err := NewGRPC(e, env)
+	return run(t, NewGRPC, e, env, edit...)
+}
+
+func run(t *testing.T, construct constructor, e registry.Entry, env registry.Env, edit ...func(*settings)) *pushRun {
+	t.Helper()
+	r, err := construct(e, env)
 	if err != nil {
 		t.Fatal(err)
 	}
