@@ -350,6 +350,6 @@ func (b *Bridge) report(c Config) {
 		b.opts.Logger.Log(context.Background(), level, "configuration: "+p.Message, "file", p.File, "line", p.Line, "field", p.Path)
 	}
 	if c.Err != nil && (b.config.Err == nil || b.config.Err.Error() != c.Err.Error()) {
-		b.opts.Logger.Error("the configuration cannot be read; what was read before stays", "error", c.Err)
+		b.opts.Logger.Error("the configuration cannot be read", "error", c.Err)
 	}
 }

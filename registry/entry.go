@@ -63,7 +63,7 @@ type Entry struct {
 	// DNSMode is "passthrough" (the proxies resolve; the default) or "resolve" (regbridge resolves).
 	DNSMode string `json:"dnsMode,omitempty" edit:"source"`
 	// DNSServers are the servers to ask in mode resolve: host or host:port; empty means those of /etc/resolv.conf.
-	DNSServers []string `json:"dnsServers,omitempty" edit:"run"`
+	DNSServers []string `json:"dnsServers,omitempty" edit:"identity"`
 
 	// AuthSecretName names the Secret, in the McpBridge's namespace, with the credentials.
 	AuthSecretName string `json:"authSecretName,omitempty" edit:"identity"`

@@ -15,7 +15,7 @@ type Fingerprint struct {
 	// Source tells what is read: type, servers, tenant, group, data centre, paths, filters. Where it differs the old
 	// services say nothing about the new ones.
 	Source string
-	// Identity tells as whom we connect. Where it differs we may be shown other services: that is a gap.
+	// Identity tells as whom we connect, and whom we ask. Where it differs we may be shown other services: that is a gap.
 	Identity string
 	// Run tells how we read. Where it, or one of the above, differs a new Run is needed; otherwise an edit only changes
 	// what is made of the facts.

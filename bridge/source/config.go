@@ -59,6 +59,7 @@ func build(docs []Document, rules []rule) ([]bridge.RegistryConfig, []bridge.Pro
 			problems = append(problems, rc.Problems(foreign(rc))...) // before the rules, which may match entries of any type
 			applyRules(&rc, rules, used)
 			problems = append(problems, rc.Problems(boundIntervals(&rc.Entry))...)
+			problems = append(problems, rc.Problems(guardOfZero(rc))...)
 			if rc.Entry.ProxyName != "" {
 				problems = append(problems, rc.Problems(errProxyUnused)...)
 			}
@@ -116,6 +117,28 @@ func boundIntervals(e *registry.Entry) error {
 			problems = append(problems, warning(of.name, "%v is too short, and %v is used", d, minInterval))
 		case d > longInterval:
 			problems = append(problems, warning(of.name, "%v is long: what the registry does not tell by itself is noticed so late", d))
+		}
+	}
+	return errors.Join(problems...)
+}
+
+// guardOfZero reports times of the guard that are written as 0, which is no way to turn it off.
+func guardOfZero(rc bridge.RegistryConfig) error {
+	g := rc.Entry.Guard
+	if g == nil || g.Off || rc.Err != nil { // a field that could not be read looks like 0
+		return nil
+	}
+	var problems []error
+	for _, of := range []struct {
+		name     string
+		interval registry.Interval
+		standard time.Duration
+	}{
+		{"guard.settle", g.Settle, bridge.DefaultSettle},
+		{"guard.hold", g.Hold, bridge.DefaultHold},
+	} {
+		if _, written := rc.Fields[of.name]; written && of.interval == 0 {
+			problems = append(problems, warning(of.name, "0 means the default, %v: write off: true to hold nothing", of.standard))
 		}
 	}
 	return errors.Join(problems...)

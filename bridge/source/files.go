@@ -38,14 +38,16 @@ type FilesOptions struct {
 // may be in use already. So it is as long as no McpBridge was ever found: a volume may not be mounted yet.
 //
 // What is missing from what was read is gone: a file that is no longer in a folder that can be read, a document, an entry.
-// But it must be missing for a second, since files are emptied before they are written, and renamed. Whoever deletes the
-// last file of a folder that has been read removes all registries; but a folder that was replaced by one without any file
-// is not believed: a volume was unmounted. Of a path that is a file, its absence is a failed read as well.
+// But it must be missing for a second in which the file does not change, since files are emptied before they are written,
+// and renamed; till then nothing of the file is believed, for at most 30 s, after which what is new in it is. Whoever
+// deletes the last file of a folder that has been read removes all registries; but a folder that was replaced by one
+// without any file is not believed: a volume was unmounted. Of a path that is a file, its absence is a failed read as well;
+// and so it is when a file takes the place of a folder, or a folder that of a file.
 type Files struct {
 	o FilesOptions
 	t timing
 
-	folder   folder
+	location location
 	files    map[string]*file
 	complete bool
 
@@ -70,8 +72,8 @@ type file struct {
 	docs []Document
 	// believed says that all of the content was understood once, be it as nothing.
 	believed bool
-	// doubt is since when something is missing from latest, zero if nothing is.
-	doubt time.Time
+	// doubt is since when something is missing from latest, zero if nothing is; changed is when latest became what it is.
+	doubt, changed time.Time
 }
 
 // NewFiles returns a source that reads files. It touches none before Run.
@@ -110,8 +112,8 @@ func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
 		failed = append(failed, err)
 		pause = f.t.retry
 	}
-	if err := f.read(); err != nil {
-		failed = append(failed, fmt.Errorf("read the configuration: %w (what was read before stays)", err))
+	if err := f.read(now); err != nil {
+		failed = append(failed, fmt.Errorf("read the configuration: %w%s", err, stays(len(f.files) > 0)))
 		pause = f.t.retry
 	} else {
 		if f.settle(now) {
@@ -129,14 +131,14 @@ func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
 		case file.gone:
 		case file.err != nil:
 			problems = append(problems, bridge.Problem{File: path, Message: fmt.Sprintf("cannot be read: %v", file.err)})
-			failed = append(failed, fmt.Errorf("read the configuration: %w (what was read of it before stays)", file.err))
+			failed = append(failed, fmt.Errorf("read the configuration: %w%s", file.err, stays(len(file.docs) > 0)))
 			pause = min(pause, f.t.retry)
 		default:
 			problems = append(problems, file.latest.problems...)
 			if file.latest.broken != "" {
-				failed = append(failed, fmt.Errorf("invalid: %s (what was last good stays)", file.latest.broken))
+				failed = append(failed, fmt.Errorf("invalid: %s%s", file.latest.broken, stays(len(file.docs) > 0)))
 			} else if file.kept() {
-				failed = append(failed, fmt.Errorf("not understood: %s (what was last good stays)", file.latest.vague))
+				failed = append(failed, fmt.Errorf("not understood: %s%s", file.latest.vague, stays(true)))
 			} else if file.latest.nameless != "" && !file.believed {
 				failed = append(failed, fmt.Errorf("not understood: %s (what it was before is not known)", file.latest.nameless))
 			}
@@ -158,6 +160,14 @@ func (f *Files) scan(now time.Time) (bridge.Config, time.Duration) {
 	return c, pause
 }
 
+// stays ends a complaint about what cannot be used now, if it could be before.
+func stays(before bool) string {
+	if before {
+		return " (what was last good stays)"
+	}
+	return ""
+}
+
 // readRules reads the defaults file. Until it has been read there are no registries at all: without what it says of TLS,
 // for one, a password could be sent in plain text.
 func (f *Files) readRules() error {
@@ -167,7 +177,7 @@ func (f *Files) readRules() error {
 	}
 	data, err := regularfile.Read(f.o.DefaultsFile, maxFileSize)
 	if err != nil {
-		f.rulesErr, f.rulesSum = fmt.Errorf("read the registry defaults: %w (what was last good stays)", err), [sha256.Size]byte{}
+		f.rulesErr, f.rulesSum = fmt.Errorf("read the registry defaults: %w%s", err, stays(f.rulesRead)), [sha256.Size]byte{}
 		f.rulesProblems = nil
 		return f.rulesErr
 	}
@@ -176,7 +186,7 @@ func (f *Files) readRules() error {
 		var rules []rule
 		rules, f.rulesProblems = parseRules(f.o.DefaultsFile, data)
 		if len(f.rulesProblems) > 0 {
-			f.rulesErr = fmt.Errorf("invalid registry defaults: %s (what was last good stays)", Text(f.rulesProblems[0]))
+			f.rulesErr = fmt.Errorf("invalid registry defaults: %s%s", Text(f.rulesProblems[0]), stays(f.rulesRead))
 		} else {
 			f.rules, f.rulesRead = rules, true
 		}
@@ -185,12 +195,13 @@ func (f *Files) readRules() error {
 }
 
 // read reads all files into their latest state. An error means that it is not known which files there are.
-func (f *Files) read() error {
+func (f *Files) read(now time.Time) error {
 	info, err := os.Stat(f.o.Path)
 	if err != nil {
 		return err
 	}
 	paths := []string{f.o.Path}
+	used := info.Mode().IsRegular() && info.Size() > 0
 	if info.IsDir() {
 		if paths, err = configFiles(f.o.Path); err != nil {
 			return err
@@ -198,9 +209,10 @@ func (f *Files) read() error {
 		if f.o.DefaultsFile != "" {
 			paths = slices.DeleteFunc(paths, func(p string) bool { return p == filepath.Clean(f.o.DefaultsFile) })
 		}
-		if err := f.folder.check(f.o.Path, len(paths) > 0); err != nil {
-			return err
-		}
+		used = len(paths) > 0
+	}
+	if err := f.location.check(f.o.Path, used); err != nil {
+		return err
 	}
 	for _, path := range paths {
 		data, err := regularfile.Read(path, maxFileSize)
@@ -212,39 +224,42 @@ func (f *Files) read() error {
 		if f.files[path] == nil {
 			f.files[path] = &file{}
 		}
-		f.files[path].update(path, data, err, !info.IsDir())
+		f.files[path].update(path, data, err, !info.IsDir(), now)
 	}
 	for path, file := range f.files {
 		if !slices.Contains(paths, path) {
-			*file = gone(*file)
+			file.remove(now)
 		}
 	}
 	return nil
 }
 
 // update takes in what was read of a file. alone says that it is the whole configuration.
-func (f *file) update(path string, data []byte, err error, alone bool) {
+func (f *file) update(path string, data []byte, err error, alone bool, now time.Time) {
 	f.gone, f.err, f.empty = false, err, err == nil && len(data) == 0
 	if err != nil {
 		f.sum, f.latest = [sha256.Size]byte{}, parsed{}
 		return
 	}
 	if sum := sha256.Sum256(data); sum != f.sum {
-		f.sum, f.latest = sum, parse(path, data, false)
+		f.sum, f.latest, f.changed = sum, parse(path, data, false), now
 	}
 	if p := &f.latest; len(p.docs) == 0 && p.broken == "" && p.vague == "" {
 		// A disk that was full, or a template without values, makes such a file; nobody removes registries that way.
-		const nothing = ": there is no McpBridge in it; to remove its registries write `registries: []`, or delete the file from its folder"
+		const nothing = ": there is no McpBridge in it; if no registry is meant, write one with `registries: []`"
 		if alone {
 			p.broken = path + nothing
 		} else if len(f.docs) > 0 {
-			p.vague = path + nothing
+			p.vague = path + nothing + ", or delete the file from its folder"
 		}
 	}
 }
 
-func gone(f file) file {
-	return file{gone: true, docs: f.docs, believed: f.believed, doubt: f.doubt}
+func (f *file) remove(now time.Time) {
+	if !f.gone {
+		f.changed = now
+	}
+	*f = file{gone: true, docs: f.docs, believed: f.believed, doubt: f.doubt, changed: f.changed}
 }
 
 // settle decides for each file what of its latest content is believed. It reports whether something is in doubt.
@@ -255,7 +270,7 @@ func (f *Files) settle(now time.Time) bool {
 		if file.err != nil {
 			continue
 		}
-		docs := file.mend(present.docs)
+		docs := file.mend(present.docs, false)
 		still := keysOf(docs)
 		missing := file.empty && !file.believed
 		for k := range keysOf(file.docs) {
@@ -267,8 +282,11 @@ func (f *Files) settle(now time.Time) bool {
 		case file.doubt.IsZero():
 			file.doubt = now
 		}
-		if missing && now.Sub(file.doubt) < f.t.confirm {
+		if missing && (now.Sub(file.doubt) < f.t.confirm || now.Sub(file.changed) < f.t.confirm) { // it may still be written
 			inDoubt = true
+			if now.Sub(file.doubt) >= f.t.longest {
+				file.docs = file.mend(present.docs, true)
+			}
 			continue
 		}
 		file.doubt = time.Time{}
@@ -295,17 +313,17 @@ func (f *file) valid() []Document {
 
 // mend returns what the latest content says, completed where it cannot be understood with what was believed before: a
 // document that is not among those of any file (elsewhere), if one here is broken, and an entry, if one in its document
-// has no type or name.
-func (f *file) mend(elsewhere map[identity]bool) []Document {
+// has no type or name. With all, nothing is left out.
+func (f *file) mend(elsewhere map[identity]bool, all bool) []Document {
 	docs := f.valid()
 	for _, old := range f.docs {
 		i := slices.IndexFunc(docs, func(d Document) bool { return identify(d) == identify(old) })
 		switch {
 		case i < 0:
-			if (f.latest.broken != "" || f.latest.vague != "") && !elsewhere[identify(old)] {
+			if (all || f.latest.broken != "" || f.latest.vague != "") && !elsewhere[identify(old)] {
 				docs = append(docs, old)
 			}
-		case docs[i].nameless > 0:
+		case all || docs[i].nameless > 0:
 			known := keysOf(docs[i : i+1])
 			docs[i].Items = slices.Clone(docs[i].Items)
 			for _, it := range old.Items {

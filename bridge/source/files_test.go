@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 // quick is a timing for tests. What is missing must be so for long enough that a test can look in between.
 func quick() timing {
 	return timing{
-		quiet: 10 * time.Millisecond, latest: 100 * time.Millisecond, confirm: 300 * time.Millisecond,
+		quiet: 10 * time.Millisecond, latest: 100 * time.Millisecond, confirm: 300 * time.Millisecond, longest: time.Hour,
 		retry: 20 * time.Millisecond, rescan: time.Hour,
 	}
 }
@@ -305,6 +306,113 @@ func TestFilesKeepsWhatCannotBeRead(t *testing.T) {
 	}
 }
 
+// What takes the place of the configuration, and is another kind of thing, has deleted nothing: a missing source of a mount
+// becomes an empty folder.
+func TestFilesKeepsWhatAnotherKindOfThingReplaced(t *testing.T) {
+	file := func(t *testing.T, path string) { write(t, path, doc("a", "x:1")) }
+	folder := func(t *testing.T, path string) {
+		must(t, os.Mkdir(path, 0o700))
+		write(t, filepath.Join(path, "a.yaml"), doc("a", "x:1"))
+	}
+	empty := func(t *testing.T, path string) { must(t, os.Mkdir(path, 0o700)) }
+	for name, c := range map[string]struct{ before, after func(*testing.T, string) }{
+		"a file by an empty folder": {file, empty},
+		"a file by a folder": {file, func(t *testing.T, path string) {
+			must(t, os.Mkdir(path, 0o700))
+			write(t, filepath.Join(path, "b.yaml"), doc("b", "y:1"))
+		}},
+		"a file by a pipe":         {file, func(t *testing.T, path string) { must(t, syscall.Mkfifo(path, 0o600)) }},
+		"a folder by a file":       {folder, func(t *testing.T, path string) { write(t, path, doc("b", "y:1")) }},
+		"a folder by an empty one": {folder, func(t *testing.T, path string) { must(t, os.Rename(path+".empty", path)) }},
+		"a folder by an empty file": {folder, func(t *testing.T, path string) {
+			write(t, path, "")
+		}},
+		"a folder by a pipe": {folder, func(t *testing.T, path string) { must(t, syscall.Mkfifo(path, 0o600)) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "bridges")
+			empty(t, path+".empty") // at hand, so that its inode is no recycled one
+			c.before(t, path)
+			f, now := NewFiles(FilesOptions{Path: path}), time.Now()
+			f.scan(now)
+			if info, err := os.Stat(path); err == nil && !info.IsDir() { // which is no deletion, and no file to forget
+				write(t, path, "")
+				f.scan(now)
+				write(t, path, doc("a", "x:1"))
+			}
+			must(t, os.Rename(path, path+".old"))
+			c.after(t, path)
+			for range 5 {
+				got, pause := f.scan(now)
+				if names(got) != "a/x:1" || !got.Read || got.Err == nil || !strings.Contains(got.Err.Error(), path) {
+					t.Fatalf("%s, read %v, error %v", names(got), got.Read, got.Err)
+				}
+				now = now.Add(pause)
+			}
+			must(t, os.RemoveAll(path))
+			must(t, os.Rename(path+".old", path))
+			if got, _ := f.scan(now); names(got) != "a/x:1" || got.Err != nil {
+				t.Errorf("not mended: %s, %v", names(got), got.Err)
+			}
+		})
+	}
+}
+
+// What was never read may turn out to be a file or a folder.
+func TestFilesWaitsForAnyKindOfThing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bridges")
+	f := NewFiles(FilesOptions{Path: path})
+	must(t, os.Mkdir(path, 0o700))
+	f.scan(time.Now())
+	must(t, os.Remove(path))
+	write(t, path, "")
+	f.scan(time.Now())
+	must(t, os.Remove(path))
+	must(t, os.Mkdir(path, 0o700))
+	f.scan(time.Now())
+	must(t, os.Remove(path))
+	write(t, path, doc("a", "x:1"))
+	if c, _ := f.scan(time.Now()); names(c) != "a/x:1" || !c.Read || c.Err != nil {
+		t.Errorf("%s, read %v, error %v", names(c), c.Read, c.Err)
+	}
+}
+
+// A file that is written slowly is not believed to lack what is not written yet.
+func TestFilesWaitsUntilAFileIsWritten(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.yaml")
+	write(t, path, doc("a", "v:1", "w:1", "x:1", "y:1", "z:1"))
+	f, now := NewFiles(FilesOptions{Path: path}), time.Now()
+	f.scan(now)
+	scan := func(want string, entries ...string) {
+		t.Helper()
+		write(t, path, doc("a", entries...))
+		now = now.Add(400 * time.Millisecond)
+		if c, _ := f.scan(now); names(c) != want {
+			t.Fatalf("%q, want %q", names(c), want)
+		}
+	}
+	const before = "a/v:1 a/w:1 a/x:1 a/y:1 a/z:1"
+	written := []string{"v:2", "w:2", "x:2", "y:2"}
+	for n := range 5 {
+		scan(before, written[:n]...)
+	}
+	scan(before, written...) // 0.4 s later it is the same
+	scan(before, written...)
+	scan("a/v:2 a/w:2 a/x:2 a/y:2", written...)
+
+	// One that never comes to rest has what is new in it believed.
+	const held = "a/v:2 a/w:2 a/x:2 a/y:2"
+	for n := range 75 {
+		scan(held, fmt.Sprintf("new:%d", n))
+	}
+	scan("a/new:99 a/v:2 a/w:2 a/x:2 a/y:2", "new:99")
+	scan("a/new:100 a/v:2 a/w:2 a/x:2 a/y:2", "new:100")
+	for range 2 {
+		scan("a/new:100 a/v:2 a/w:2 a/x:2 a/y:2", "new:100")
+	}
+	scan("a/new:100", "new:100")
+}
+
 // upTo is the beginning of a McpBridge, with this text as its end.
 func upTo(end string) string {
 	before, _, _ := strings.Cut(doc("a", "x:9"), end)
@@ -341,6 +449,39 @@ func TestFilesIsNotReadWhileSomethingIsUnknown(t *testing.T) {
 				t.Error("does not count as read")
 			}
 		})
+	}
+}
+
+// At the start nothing was good before, and a file that is the whole configuration has no folder to be deleted from.
+func TestFilesTellsOnlyWhatIsSo(t *testing.T) {
+	dir := t.TempDir()
+	path, rules := filepath.Join(dir, "a.yaml"), filepath.Join(dir, "rules.yaml")
+	f := NewFiles(FilesOptions{Path: path, DefaultsFile: rules})
+	complaint := func(content string) string {
+		t.Helper()
+		write(t, path, content)
+		c, _ := f.scan(time.Now())
+		if c.Err == nil || !strings.Contains(c.Err.Error(), path) {
+			t.Fatalf("error %v", c.Err)
+		}
+		return c.Err.Error()
+	}
+	for _, content := range []string{"", "{", doc("a") + "  - {type: consul}\n"} {
+		if got := complaint(content); strings.Contains(got, "stays") || strings.Contains(got, "delete the file") {
+			t.Errorf("%q: %s", content, got)
+		}
+	}
+	if got := complaint(""); !strings.Contains(got, "no McpBridge in it") || !strings.Contains(got, "registries: []") {
+		t.Error(got)
+	}
+	write(t, rules, "defaults: []\n")
+	write(t, path, doc("a", "x:1"))
+	f.scan(time.Now())
+	must(t, os.Remove(rules))
+	for _, content := range []string{"", "{"} {
+		if got := complaint(content); strings.Count(got, "stays") != 2 || strings.Contains(got, "delete the file") {
+			t.Errorf("%q: %s", content, got)
+		}
 	}
 }
 

@@ -58,7 +58,7 @@ type SecretDir struct {
 
 	// scanning is held while files are read. What follows belongs to the one who holds it.
 	scanning   sync.Mutex
-	folder     folder
+	location   location
 	complaints []string
 }
 
@@ -315,7 +315,7 @@ func (s *SecretDir) read() (found, error) {
 			f.unread, f.retry = append(f.unread, path), true
 		}
 	}
-	return f, s.folder.check(s.o.Dir, used)
+	return f, s.location.check(s.o.Dir, used)
 }
 
 // readFolder reads DIR/NAME, a Secret of its own if it has files, and the Secrets in the folders below.

@@ -1,6 +1,7 @@
 package source
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -8,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/regbridge/regbridge/bridge"
+	"github.com/regbridge/regbridge/registry"
 	"github.com/regbridge/regbridge/regularfile"
 )
 
@@ -21,7 +23,7 @@ type ValidateOptions struct {
 
 // Validate returns every problem in the files, with file, line and path. Each of paths is a configuration of its own, as
 // in FilesOptions.Path; one that is a file may be a pipe too. Unknown fields are errors. What is only partly bad is a
-// warning.
+// warning, and so is a TLS file that cannot be read here.
 func Validate(paths []string, o ValidateOptions) []bridge.Problem {
 	var problems []bridge.Problem
 	var rules []rule
@@ -75,8 +77,9 @@ func validate(path, defaultsFile string, rules []rule, check func(bridge.Registr
 	registries, found := build(docs, rules)
 	problems = append(problems, found...)
 	for _, rc := range registries {
+		problems = append(problems, rc.Problems(unreadableTLS(rc.Entry.TLS))...)
 		if check == nil {
-			break
+			continue
 		}
 		for _, p := range rc.Problems(check(rc)) {
 			// A field that could not be read looks to the constructor as if it were not set.
@@ -89,6 +92,24 @@ func validate(path, defaultsFile string, rules []rule, check func(bridge.Registr
 	}
 	slices.SortStableFunc(problems, comparePlaces)
 	return problems
+}
+
+// unreadableTLS reports the files that a registry's TLS needs and that cannot be read here. They may be there where
+// regbridge runs, so these are warnings.
+func unreadableTLS(t *registry.TLS) error {
+	if !t.On() {
+		return nil
+	}
+	var problems []error
+	for _, f := range []struct{ name, file string }{{"caFile", t.CAFile}, {"certFile", t.CertFile}, {"keyFile", t.KeyFile}} {
+		if f.file == "" {
+			continue
+		}
+		if _, err := regularfile.Read(f.file, maxFileSize); err != nil {
+			problems = append(problems, warning("tls."+f.name, "cannot be used unless it is there where regbridge runs: %v", err))
+		}
+	}
+	return errors.Join(problems...)
 }
 
 // within reports whether the field is a part of the other one.

@@ -18,8 +18,9 @@ type timing struct {
 	// quiet is how long no file may have changed before they are read, so that one who writes can finish; latest is when
 	// they are read although they still change.
 	quiet, latest time.Duration
-	// confirm is how long something must be missing from what is read before that is believed.
-	confirm time.Duration
+	// confirm is how long something must be missing from what is read, without any change, before that is believed; longest
+	// is when what is new beside it is believed although there still are changes.
+	confirm, longest time.Duration
 	// retry is the pause after a failed read, and rescan the time after which all is read again in any case: not every
 	// file system tells of changes.
 	retry, rescan time.Duration
@@ -27,7 +28,7 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		quiet: 100 * time.Millisecond, latest: time.Second, confirm: time.Second,
+		quiet: 100 * time.Millisecond, latest: time.Second, confirm: time.Second, longest: 30 * time.Second,
 		retry: time.Second, rescan: 30 * time.Second,
 	}
 }

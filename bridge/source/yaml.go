@@ -68,24 +68,31 @@ func configFiles(dir string) ([]string, error) {
 	return files, nil
 }
 
-// folder remembers which folder was read, to tell a folder that was emptied from one that is gone: where a volume was
-// mounted, its mount point remains, empty.
-type folder struct {
+// location remembers which file or folder was read, to tell a folder that was emptied from one that is gone: where a volume
+// was mounted, its mount point remains, empty; and where the source of a mount is missing, an empty folder is made.
+type location struct {
 	info fs.FileInfo
 	used bool
 }
 
-// check is called after each listing with whether anything was found. It returns an error if the folder is another one
-// than before and holds nothing any more.
-func (f *folder) check(dir string, used bool) error {
-	info, err := os.Stat(dir)
+// check is called after each listing with whether anything was found. Where something was found before, it returns an
+// error if the path is another kind of thing by now, or another folder that holds nothing.
+func (l *location) check(path string, used bool) error {
+	info, err := os.Stat(path)
 	if err != nil {
 		return err
 	}
-	if f.info != nil && f.used && !used && !os.SameFile(f.info, info) {
-		return fmt.Errorf("read %s: the folder was replaced by an empty one; was a volume unmounted?", dir)
+	if l.used {
+		switch was := l.info.IsDir(); {
+		case was && !info.IsDir():
+			return fmt.Errorf("read %s: it was a folder, and is none any more; restart if that is meant", path)
+		case !was && info.IsDir():
+			return fmt.Errorf("read %s: it was a file, and is a folder now; is the source of a mount missing? restart if that is meant", path)
+		case was && !used && !os.SameFile(l.info, info):
+			return fmt.Errorf("read %s: the folder was replaced by an empty one; was a volume unmounted?", path)
+		}
 	}
-	f.info, f.used = info, used
+	l.info, l.used = info, used || l.used && !info.IsDir() // whoever empties a file deletes nothing
 	return nil
 }
 

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"text/tabwriter"
 	"time"
@@ -46,7 +45,7 @@ func newDiscover() *cobra.Command {
 would be published, and what would be left out and why. It serves nothing and keeps nothing.
 
 Registries that could not be read within --timeout are named, and the exit status is 1 then, as it is for an entry that
-cannot be used.`,
+cannot be used. One that fails twice, and with each of its servers, is not waited for longer than for the others.`,
 		Example: `  regbridge discover bridge.yaml
   regbridge discover bridge.yaml --secrets-dir ./secrets --timeout 60s
   regbridge discover bridge.yaml -o json | jq '.services[].host'`,
@@ -167,8 +166,9 @@ func discover(ctx context.Context, f discoverFlags, path string, stderr io.Write
 	mesh := &audience{opened: make(chan struct{})}
 	secrets, _ := f.input.secrets(source.SecretDirOptions{Logger: log})
 	files := source.NewFiles(source.FilesOptions{Path: path, DefaultsFile: f.input.registryDefaults, Logger: log})
+	reading := &firstReading{from: files}
 	b, err := bridge.New(bridge.Options{
-		Types: types(), Source: firstReading{files}, Secrets: secrets, Mesh: mesh, Renderer: renderer,
+		Types: types(), Source: reading, Secrets: secrets, Mesh: mesh, Renderer: renderer,
 		FirstAnswerDeadline: f.timeout, VIPRange: f.mesh.vipRange, Logger: log,
 	})
 	if err != nil {
@@ -178,23 +178,39 @@ func discover(ctx context.Context, f discoverFlags, path string, stderr io.Write
 	defer stop()
 	var running errgroup.Group
 	running.Go(func() error { defer stop(); return b.Run(ctx) })
-	select {
-	case <-mesh.opened:
-	case <-ctx.Done():
-		return found{}, cmp.Or(running.Wait(), errors.New("interrupted before all registries were read"))
+	look := time.NewTicker(100 * time.Millisecond)
+	defer look.Stop()
+	var statuses []bridge.Status // with those that were given up
+	for opened := false; !opened; {
+		select {
+		case <-mesh.opened:
+			opened = true
+		case <-look.C:
+			if statuses == nil {
+				statuses = reading.giveUp(b.Statuses())
+			}
+		case <-ctx.Done():
+			return found{}, cmp.Or(running.Wait(), errors.New("interrupted before all registries were read"))
+		}
 	}
-	result := collect(b, renderer)
+	result := collect(b, statuses, renderer)
 	stop()
 	return result, running.Wait()
 }
 
-// collect describes what the bridge has.
-func collect(b *bridge.Bridge, r bridge.IstioRenderer) found {
+// collect describes what the bridge has. Before are the statuses of registries that it may have no more.
+func collect(b *bridge.Bridge, before []bridge.Status, r bridge.IstioRenderer) found {
 	out := found{Services: []foundService{}, LeftOut: []foundLeftOut{}, Registries: []foundRegistry{}, Problems: []bridge.Problem{}}
 	for _, s := range b.Services() {
 		out.Services = append(out.Services, describe(s, r))
 	}
-	for _, s := range b.Statuses() {
+	statuses := b.Statuses()
+	for i, old := range before {
+		if !slices.ContainsFunc(statuses, func(s bridge.Status) bool { return s.Key == old.Key }) {
+			statuses = slices.Insert(statuses, i, old)
+		}
+	}
+	for _, s := range statuses {
 		reg := foundRegistry{
 			Registry: s.Registry, State: s.State, Services: s.Services, Instances: s.Instances, Published: s.Published,
 			LeftOut: len(s.LeftOutInstances), Warnings: s.Warnings,
@@ -234,20 +250,6 @@ func describe(s bridge.PublishedService, r bridge.IstioRenderer) foundService {
 		})
 	}
 	return out
-}
-
-// firstReading is a source that reads once. What could not be read is told as a problem, and keeps nobody waiting.
-type firstReading struct{ from bridge.Source }
-
-// Run implements bridge.Source.
-func (f firstReading) Run(ctx context.Context, apply func(bridge.Config)) error {
-	var once sync.Once
-	return f.from.Run(ctx, func(c bridge.Config) {
-		once.Do(func() {
-			c.Read = true
-			apply(c)
-		})
-	})
 }
 
 // audience stands where the mesh is: it waits for the first answers, and takes none.

@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 //
 //	start [NAME=VALUE...] ARGS...   run `regbridge ARGS` in the background until it serves; sets ADMIN, HEALTH, XDS and
 //	                                SHARDS to its addresses. Its log is in the file log, its standard output in out
-//	stop SIGNAL                     send it TERM or INT; it must end with status 0
+//	quit SIGNAL...                  send it signals, the last one TERM or INT; it must end with status 0
 //	request METHOD URL STATUS       call an admin page; the body is the standard output
 //	await URL TEXT                  wait until a page answers 200 with the text in it
 //	awaitlog TEXT                   wait until the log has the text
@@ -64,7 +64,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"start": start, "stop": stop, "request": request, "await": await, "awaitlog": awaitLog, "busy": busy, "status": status, "subscribe": subscribe, "ended": ended,
+			"start": start, "quit": quit, "request": request, "await": await, "awaitlog": awaitLog, "busy": busy, "status": status, "subscribe": subscribe, "ended": ended,
 		},
 		Setup: func(e *testscript.Env) error {
 			e.Values[daemonKey{}], e.Values[clientKey{}] = &running{}, &client{}
@@ -183,10 +183,12 @@ func wait(ts *testscript.TestScript, what string, check func() error) {
 	}
 }
 
-func stop(ts *testscript.TestScript, _ bool, args []string) {
+func quit(ts *testscript.TestScript, _ bool, args []string) {
 	r := ts.Value(daemonKey{}).(*running)
-	sig := map[string]os.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT}[args[0]]
-	ts.Check(r.cmd.Process.Signal(sig))
+	for _, name := range args {
+		sig := map[string]os.Signal{"TERM": syscall.SIGTERM, "INT": syscall.SIGINT, "HUP": syscall.SIGHUP}[name]
+		ts.Check(r.cmd.Process.Signal(sig))
+	}
 	select {
 	case <-r.done:
 	case <-time.After(patience):

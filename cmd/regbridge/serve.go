@@ -57,6 +57,7 @@ func newServe() *cobra.Command {
 		Short: "Read registries and serve what they have (the default command)",
 		Long: `serve runs the daemon: it follows the McpBridges in a file or folder, reads the registries that they name, and serves
 their services over xDS. It ends on SIGTERM or SIGINT, after its streams have ended; a second signal ends it at once.
+SIGHUP is ignored: edits are followed without it.
 
 Clients get no answer before every registry was read once, or --first-answer-deadline is over: whatever is missing from a
 first answer is deleted. With --state-dir a restart forgets nothing, also while a registry is down.`,
@@ -111,6 +112,7 @@ func (f *serveFlags) xdsPorts() string {
 func serve(ctx context.Context, f serveFlags, stdout, stderr io.Writer) error {
 	ctx, ignoreSignals := signal.NotifyContext(ctx, syscall.SIGINT, syscall.SIGTERM)
 	defer ignoreSignals()
+	signal.Ignore(syscall.SIGHUP) // which would end us at once, where others read their configuration again
 	log, err := f.log.logger(stderr)
 	if err != nil {
 		return err

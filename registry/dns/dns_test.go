@@ -826,6 +826,18 @@ func TestCancelWhileServersHang(t *testing.T) {
 	}
 }
 
+// Other servers may know less, whether they answer in place of ours or an edit names them: that is a gap, as other
+// credentials are.
+func TestOtherServersAreAnotherView(t *testing.T) {
+	before := registry.Entry{Type: "dns", Name: "api", Domain: "a.test", DNSMode: "resolve"}
+	after := before
+	after.DNSServers = []string{"192.0.2.53"}
+	was, is := before.Fingerprint(), after.Fingerprint()
+	if was.Source != is.Source || was.Identity == is.Identity {
+		t.Errorf("an edit of dnsServers makes %+v of %+v: want the same source, seen by somebody else", is, was)
+	}
+}
+
 func TestEveryQuestionIsObserved(t *testing.T) {
 	f := newFake(t, "a.test. 60 IN A 192.0.2.1")
 	type call struct {

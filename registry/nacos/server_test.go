@@ -79,7 +79,7 @@ func testServer(t *testing.T, n *harness.Nacos, how string, construct constructo
 		t.Errorf("the persistent instance: %+v", got)
 	}
 
-	t.Run("services come and go", func(t *testing.T) {
+	t.Run("services come and go", func(*testing.T) {
 		late := harness.NacosInstance{Group: group, Service: "late", IP: "10.0.5.1", Port: 80}
 		n.Register(late)
 		wait("a new service", func(s registrytest.State) bool { return len(s.Services[group+"@@late"].Instances) == 1 })
@@ -119,7 +119,7 @@ func testServer(t *testing.T, n *harness.Nacos, how string, construct constructo
 					return err
 				})
 			}
-			t.Run("while it runs", func(t *testing.T) {
+			t.Run("while it runs", func(*testing.T) {
 				begin()
 				subscribers(1)
 			})
