@@ -19,8 +19,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hashicorp/consul/api"
-
 	"github.com/regbridge/regbridge/registry"
 )
 
@@ -28,27 +26,41 @@ const (
 	dialTimeout = 5 * time.Second
 	// maxContact bounds the age of a server's last contact with its leader: an answer that may be older proves nothing.
 	maxContact = 10 * time.Second
-	// maxBody bounds one answer. 10,000 instances with 20 checks each take about 100 MB.
-	maxBody = 256 << 20
+
+	// What follows bounds what is taken of an answer, whatever sends it.
+
+	// maxInstances is the number of instances of one service.
+	maxInstances = 100_000
+	// maxInstance is the length of one of them, with all its checks. A check has at most 4 KB of output, if not configured
+	// otherwise.
+	maxInstance = 512 << 10
+	// maxNames is the number of services.
+	maxNames = 200_000
+	// maxTags is the length of the tags of all instances of a service.
+	maxTags = 8 << 20
+	// maxChecks is the number of all checks.
+	maxChecks = 500_000
+	// maxBody is the length of the answer: 50,000 instances with 2.5 KB each.
+	maxBody = 128 << 20
 )
 
 // client asks one Consul agent. It takes its types from Consul's own library, but not its client: that one fills each
 // unset field, the token and its file among them, from the environment, and does not tell an answer without Consul's
 // headers from one that has them.
 type client struct {
-	env    registry.Env
+	*consul
 	server registry.Server
 	// http is made once the first answer to list tells whether requests can share a connection.
 	http *http.Client
 	// list has a connection of its own, for the list of services. It is never idle for long, so that it ends only when the
 	// agent, or the way to it, does.
-	list    *http.Client
-	base    url.URL
-	query   url.Values // of each request: data centre, namespace, partition
-	timeout time.Duration
+	list *http.Client
+	base url.URL
 	// brief says that each answer to list announces the end of its connection, as some proxies do. Then a new connection
 	// tells nothing. Only the goroutine that lists uses it.
 	brief bool
+	// decoding lets one element of an answer be decoded at a time: it may take a hundred times its length.
+	decoding sync.Mutex
 
 	mu     sync.Mutex
 	conns  map[*conn]bool // those that are open
@@ -112,8 +124,8 @@ var (
 	errLost = errors.New("the connection was lost")
 )
 
-func newClient(env registry.Env, server registry.Server, query url.Values, timeout time.Duration) (*client, error) {
-	c := &client{env: env, server: server, query: query, timeout: timeout, conns: map[*conn]bool{}}
+func newClient(settings *consul, server registry.Server) (*client, error) {
+	c := &client{consul: settings, server: server, conns: map[*conn]bool{}}
 	c.base = url.URL{Scheme: "http", Host: server.String()}
 	config, err := c.clientTLS()
 	if err != nil {
@@ -207,7 +219,7 @@ func (c *client) close() {
 	}
 }
 
-// request is one question to the agent.
+// request is one question to the agent, and how its answer is taken.
 type request struct {
 	operation string // for Observe
 	list      bool   // goes over the connection of list
@@ -215,13 +227,29 @@ type request struct {
 	name      string        // of a service, the last part of the path; empty if there is none
 	index     uint64        // that an earlier answer gave: waits for a newer one. 0 waits for nothing
 	wait      time.Duration // but not longer than this
+
+	opening json.Delim // of the answer, an array or an object
+	what    string     // its elements are
+	most    int        // how many it may have
+	longest int64      // how long each may be, in bytes
+	// take takes an element, and of an object its key. It must not keep value.
+	take func(key string, value []byte) error
 }
 
-// services lists the names of all services, each with the tags of all its instances. With an index that an earlier
-// answer gave, it waits for a newer one, but not longer than wait.
-func (c *client) services(ctx context.Context, index uint64, wait time.Duration) (map[string][]string, meta, error) {
-	var out map[string][]string
-	m, err := c.get(ctx, request{operation: "list", list: true, path: "/v1/catalog/services", index: index, wait: wait}, &out)
+// services lists the names of all services, and whether any of its instances has the tag that is asked for. With an index
+// that an earlier answer gave, it waits for a newer one, but not longer than wait.
+func (c *client) services(ctx context.Context, index uint64, wait time.Duration) (map[string]bool, meta, error) {
+	out := map[string]bool{}
+	m, err := c.get(ctx, request{
+		operation: "list", list: true, path: "/v1/catalog/services", index: index, wait: wait,
+		opening: '{', what: "services", most: maxNames, longest: maxTags,
+		take: func(name string, value []byte) error {
+			var tags []string
+			err := json.Unmarshal(value, &tags)
+			out[name] = carries(tags, c.filter.tag)
+			return err
+		},
+	})
 	if index == 0 {
 		c.brief = m.closing
 	}
@@ -248,13 +276,17 @@ func (c *client) services(ctx context.Context, index uint64, wait time.Duration)
 // from 1.10 on). Such an answer tells neither that policies cut it nor whether there is a leader: a narrowed token looks
 // like a service without instances. Sorting by distance keeps the agent from doing so. An answer from a stream that
 // arrives all the same only tells that it is time to ask.
-func (c *client) health(ctx context.Context, name string, index uint64, wait time.Duration) ([]*api.ServiceEntry, meta, error) {
-	var out []*api.ServiceEntry
-	r := request{operation: "service", path: "/v1/health/service/", name: name, index: index, wait: wait}
-	m, err := c.get(ctx, r, &out)
+func (c *client) health(ctx context.Context, name string, index uint64, wait time.Duration) (*entries, meta, error) {
+	out := &entries{filter: c.filter}
+	r := request{
+		operation: "service", path: "/v1/health/service/", name: name, index: index, wait: wait,
+		opening: '[', what: "instances", most: maxInstances, longest: maxInstance,
+		take: out.take,
+	}
+	m, err := c.get(ctx, r)
 	if err == nil && m.streamed {
-		out, r.index = nil, 0
-		m, err = c.get(ctx, r, &out)
+		*out, r.index = entries{filter: c.filter}, 0
+		m, err = c.get(ctx, r)
 	}
 	if status, ok := errors.AsType[*statusError](err); ok && status.code/100 == 3 && path.Clean("/"+name) != "/"+name {
 		err = fmt.Errorf("the agent, or what is in between, takes this name for a path (%w): rename the service", err)
@@ -274,7 +306,21 @@ type check struct {
 // checks lists all checks, and waits like services.
 func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) ([]check, meta, error) {
 	var out []check
-	m, err := c.get(ctx, request{operation: "checks", path: "/v1/health/state/any", index: index, wait: wait}, &out)
+	m, err := c.get(ctx, request{
+		operation: "checks", path: "/v1/health/state/any", index: index, wait: wait,
+		opening: '[', what: "checks", most: maxChecks, longest: maxInstance,
+		take: func(_ string, value []byte) error {
+			var one check
+			if err := json.Unmarshal(value, &one); err != nil {
+				return err
+			}
+			if one.Node == "" || one.CheckID == "" {
+				return fmt.Errorf("check %d has no node or no id", len(out))
+			}
+			out = append(out, one)
+			return nil
+		},
+	})
 	if err != nil {
 		return nil, m, fmt.Errorf("list checks of consul at %s: %w", c.server, err)
 	}
@@ -282,7 +328,7 @@ func (c *client) checks(ctx context.Context, index uint64, wait time.Duration) (
 }
 
 // get makes one request. Its result counts only if the agent knows a leader and has heard of it recently.
-func (c *client) get(ctx context.Context, r request, out any) (m meta, err error) {
+func (c *client) get(ctx context.Context, r request) (m meta, err error) {
 	limit := c.timeout
 	query := url.Values{"stale": {""}} // any server may answer; maxContact bounds how stale
 	maps.Copy(query, c.query)
@@ -313,7 +359,7 @@ func (c *client) get(ctx context.Context, r request, out any) (m meta, err error
 			}
 		}})
 	}
-	m, err = c.do(rctx, r, query, out)
+	m, err = c.do(rctx, r, query)
 	if cause := context.Cause(rctx); cause != nil && ctx.Err() == nil {
 		err = cause
 	}
@@ -328,7 +374,7 @@ func escape(name string) string {
 	return url.PathEscape(name)
 }
 
-func (c *client) do(ctx context.Context, r request, query url.Values, out any) (meta, error) {
+func (c *client) do(ctx context.Context, r request, query url.Values) (meta, error) {
 	u := c.base
 	u.Path, u.RawPath, u.RawQuery = r.path+r.name, r.path+escape(r.name), query.Encode()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), http.NoBody)
@@ -365,19 +411,64 @@ func (c *client) do(ctx context.Context, r request, query url.Values, out any) (
 		}
 		return meta{}, status
 	}
-	body := &counter{r: io.LimitReader(resp.Body, maxBody)}
-	if err := json.NewDecoder(body).Decode(out); err != nil {
+	body := &body{r: resp.Body}
+	if err := c.decode(body, r); err != nil {
 		return meta{}, fmt.Errorf("decode the answer: %w", err)
 	}
-	_, _ = io.Copy(io.Discard, io.LimitReader(body, 64)) // the last line break, so that the connection can be used again
+	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64)) // the last line break, so that the connection can be used again
 	m, err := readMeta(resp.Header)
 	m.anonymous = token == "" && resp.Header.Get("X-Consul-Default-Acl-Policy") == "deny"
 	m.http2 = resp.ProtoMajor == 2
 	m.closing = resp.Close
-	m.size = body.n
+	m.size = int(body.n)
 	return m, err
 }
 
+// decode takes an answer element by element, and gives up at the first one that is bad or too much.
+func (c *client) decode(body *body, r request) error {
+	body.end = r.longest
+	dec := json.NewDecoder(body)
+	if t, err := dec.Token(); err != nil {
+		return err
+	} else if t != r.opening {
+		return fmt.Errorf("it does not begin with %v", r.opening)
+	}
+	var value json.RawMessage
+	for n := 0; ; n++ {
+		body.end = min(dec.InputOffset()+r.longest, maxBody)
+		if !dec.More() {
+			break
+		}
+		if n == r.most {
+			return fmt.Errorf("it has more than %d %s, which is more than we take", r.most, r.what)
+		}
+		key := ""
+		if r.opening == '{' {
+			t, err := dec.Token()
+			if err != nil {
+				return err
+			}
+			key = t.(string) // the decoder takes nothing else there
+		}
+		if err := dec.Decode(&value); err != nil {
+			return err
+		}
+		c.decoding.Lock()
+		err := r.take(key, value)
+		c.decoding.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	_, err := dec.Token() // the end, unless the answer was cut
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// token gives the token for a request, empty only where the entry names no Secret: with a Secret that lacks it, an answer
+// to nobody in particular would pass for all that there is.
 func (c *client) token() (string, error) {
 	if c.env.Credentials == nil {
 		return "", nil
@@ -386,7 +477,12 @@ func (c *client) token() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("get the token: %w", err)
 	}
-	return strings.TrimSpace(credentials.First("consulToken", "token").Reveal()), nil
+	token := strings.TrimSpace(credentials.First("consulToken", "token").Reveal())
+	if token == "" && c.secret != "" {
+		return "", fmt.Errorf("the Secret %q has no token under the key consulToken or token: add it, or remove authSecretName "+
+			"to read as anonymous", c.secret)
+	}
+	return token, nil
 }
 
 // readMeta reads the headers that every answer of Consul has (developer.hashicorp.com/consul/api-docs/features/blocking
@@ -421,14 +517,17 @@ func clean(text, token string) string {
 	return text
 }
 
-// counter counts what is read.
-type counter struct {
-	r io.Reader
-	n int
+// body is what is read of an answer, up to its end, which moves along.
+type body struct {
+	r      io.Reader
+	n, end int64
 }
 
-func (c *counter) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n += n
+func (b *body) Read(p []byte) (int, error) {
+	if b.n >= b.end {
+		return 0, fmt.Errorf("it, or a part of it, is longer than we take: it goes on after %d bytes", b.n)
+	}
+	n, err := b.r.Read(p)
+	b.n += int64(n)
 	return n, err
 }

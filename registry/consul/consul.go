@@ -30,6 +30,8 @@ type consul struct {
 	filter   filter
 	interval time.Duration
 	timeout  time.Duration // of a request, beside what it may wait
+	// secret is the Secret that must hold the token, empty where the entry names none.
+	secret string
 	// datacenter is empty where the entry names none: then it is the agent's own.
 	datacenter string
 	// ownService says that the namespace and partition are those in which the servers register themselves.
@@ -78,6 +80,7 @@ func New(e registry.Entry, env registry.Env) (registry.Registry, error) {
 		},
 		interval:   interval,
 		timeout:    min(max(interval, 2*time.Second), 10*time.Second),
+		secret:     e.AuthSecretName,
 		datacenter: datacenter,
 		ownService: (namespace == "" || namespace == "default") && (partition == "" || partition == "default"),
 	}

@@ -286,11 +286,65 @@ func TestWarning(t *testing.T) {
 
 // What follows is about tokens. The answers are those of an agent that denies by default.
 
+// anonymous is an entry that names no Secret.
+func anonymous(f *fake) registry.Entry {
+	e := quick(f.entry())
+	e.AuthSecretName = ""
+	return e
+}
+
+// TestSecretWithoutToken has a Secret that lacks the token where the anonymous token reads a part: reading on without
+// a token would take the rest for gone.
+func TestSecretWithoutToken(t *testing.T) {
+	t.Parallel()
+	for name, bad := range map[string]registry.Credentials{
+		"misspelt": {"consultoken": goodToken},
+		"empty":    {"consulToken": "", "token": ""},
+		"blank":    {"token": " \n"},
+		"no keys":  {},
+		"nothing":  nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := newFake(t)
+			f.set("web", at("10.0.0.1"))
+			f.set("pay", at("10.0.0.2"))
+			f.edit(func() { f.policies[""] = policy{services: func(n string) bool { return n != "pay" }, nodes: true} })
+			var current atomic.Value
+			current.Store(bad)
+			env := testEnv(t, nil)
+			env.Credentials = func() (registry.Credentials, error) { return current.Load().(registry.Credentials), nil }
+			rec := runWith(t, quick(f.entry()), env)
+			refused := failed("", `Secret "consul"`, "consulToken", "token", "authSecretName")
+			if s := wait(t, rec, "a clear message", refused); len(s.Services) > 0 || s.Synced {
+				t.Errorf("services were read without a token: %v", s.Services)
+			}
+			current.Store(good)
+			n := len(wait(t, rec, "recovery", loaded("consul", "pay", "web")).Events)
+			current.Store(bad)
+			wait(t, rec, "the message again", func(s registrytest.State) bool {
+				return s.Gap != nil && refused(registrytest.State{Events: s.Events[n:]})
+			})
+			noRemoval(t, rec)
+			current.Store(good)
+			wait(t, rec, "recovery", func(s registrytest.State) bool {
+				return loaded("consul", "pay", "web")(s) && len(s.Gaps) == 0
+			})
+			noRemoval(t, rec)
+			f.edit(func() {
+				if f.tokenless > 0 {
+					t.Errorf("%d requests went without a token", f.tokenless)
+				}
+			})
+		})
+	}
+}
+
 func TestNoTokenIsNoEmptyRegistry(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	f.set("web", at("10.0.0.1"))
-	rec := runWith(t, quick(f.entry()), testEnv(t, nil))
+	rec := runWith(t, anonymous(f), testEnv(t, nil))
 	wait(t, rec, "a clear message", failed("", "not even list consul itself", "consulToken"))
 	if s := rec.State(); s.Synced {
 		t.Error("an anonymous, empty answer was believed")
@@ -472,7 +526,7 @@ func TestAnonymousToken(t *testing.T) {
 	f.set("web", at("10.0.0.1"))
 	f.set("pay", at("10.0.0.2"))
 	f.edit(func() { f.policies[""] = readAll })
-	rec := runWith(t, quick(f.entry()), testEnv(t, nil))
+	rec := runWith(t, anonymous(f), testEnv(t, nil))
 	wait(t, rec, "all", loaded("consul", "pay", "web"))
 	f.remove("pay")
 	wait(t, rec, "a true removal", loaded("consul", "web"))

@@ -2,6 +2,7 @@ package consul
 
 import (
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -32,34 +33,56 @@ func carries(tags []string, wanted string) bool {
 	})
 }
 
-// convert turns the answer to "health of service name" into instances, in a fixed order that does not depend on the
-// answer's. It keeps nothing of entries but strings. It fails on an entry that no Consul sends, since the rest of such an
-// answer is not worth more.
-func convert(entries []*api.ServiceEntry, f filter) ([]registry.Instance, error) {
-	type keyed struct {
-		registry.Instance
-		node, id string
+// entries takes the answer to "health of service name" in, entry by entry. It keeps nothing of an entry but strings.
+type entries struct {
+	filter     filter
+	all        int // instances, before they were selected by tag
+	datacenter string
+	nodes      []string // of all instances
+	selected   []selected
+}
+
+type selected struct {
+	registry.Instance
+	node, id string
+}
+
+// take takes one entry as it came.
+func (r *entries) take(_ string, value []byte) error {
+	var e *api.ServiceEntry
+	if err := json.Unmarshal(value, &e); err != nil {
+		return err
 	}
-	all := make([]keyed, 0, len(entries))
-	for n, e := range entries {
-		if e == nil || e.Node == nil || e.Service == nil {
-			return nil, fmt.Errorf("instance %d has no node or no service", n)
-		}
-		if carries(e.Service.Tags, f.tag) {
-			all = append(all, keyed{instance(e, f), e.Node.Node, e.Service.ID})
-		}
+	return r.add(e)
+}
+
+// add takes one entry. It fails on one that no Consul sends, since the rest of such an answer is not worth more.
+func (r *entries) add(e *api.ServiceEntry) error {
+	if e == nil || e.Node == nil || e.Service == nil {
+		return fmt.Errorf("instance %d has no node or no service", r.all)
 	}
-	slices.SortFunc(all, func(a, b keyed) int {
+	r.all++
+	r.datacenter = e.Node.Datacenter
+	r.nodes = append(r.nodes, e.Node.Node)
+	if carries(e.Service.Tags, r.filter.tag) {
+		r.selected = append(r.selected, selected{instance(e, r.filter), e.Node.Node, e.Service.ID})
+	}
+	return nil
+}
+
+// instances gives what was selected, in a fixed order that does not depend on the answer's.
+func (r *entries) instances() []registry.Instance {
+	slices.SortFunc(r.selected, func(a, b selected) int {
 		return cmp.Or(
 			strings.Compare(a.Address, b.Address), cmp.Compare(a.Port, b.Port),
 			strings.Compare(a.node, b.node), strings.Compare(a.id, b.id),
 		)
 	})
-	out := make([]registry.Instance, len(all))
-	for n, k := range all {
+	out := make([]registry.Instance, len(r.selected))
+	for n, k := range r.selected {
 		out[n] = k.Instance
 	}
-	return out, nil
+	return out
 }
 
 func instance(e *api.ServiceEntry, f filter) registry.Instance {

@@ -1,6 +1,7 @@
 package consul
 
 import (
+	"bytes"
 	"encoding/json"
 	"math/rand"
 	"os"
@@ -50,11 +51,24 @@ func TestConvertRecordedAnswers(t *testing.T) {
 }
 
 func convertJSON(b []byte, f filter) ([]registry.Instance, error) {
-	var entries []*api.ServiceEntry
-	if err := json.Unmarshal(b, &entries); err != nil {
+	r := &entries{filter: f}
+	err := new(client).decode(&body{r: bytes.NewReader(b)}, request{
+		opening: '[', what: "instances", most: maxInstances, longest: maxInstance, take: r.take,
+	})
+	if err != nil {
 		return nil, err
 	}
-	return convert(entries, f)
+	return r.instances(), nil
+}
+
+func convert(list []*api.ServiceEntry, f filter) ([]registry.Instance, error) {
+	r := &entries{filter: f}
+	for _, e := range list {
+		if err := r.add(e); err != nil {
+			return nil, err
+		}
+	}
+	return r.instances(), nil
 }
 
 func TestConvert(t *testing.T) {
@@ -163,7 +177,8 @@ func TestConvert(t *testing.T) {
 }
 
 func TestConvertRefusesWhatNoConsulSends(t *testing.T) {
-	for _, body := range []string{`[null]`, `[{}]`, `[{"Node":{}}]`, `[{"Service":{}}]`} {
+	for _, body := range []string{`[null]`, `[{}]`, `[{"Node":{}}]`, `[{"Service":{}}]`, ``, `null`, `{}`, `[`, `[1]`,
+		`[{"Node":{},"Service":{}}`, `[{"Node":{},"Service":{}},`, `[{"Node":{},"Service":{}},]`, `[{"Node":{},"Service":{}}}`} {
 		if got, err := convertJSON([]byte(body), filter{}); err == nil {
 			t.Errorf("%s became %v", body, got)
 		}
@@ -205,6 +220,11 @@ func FuzzConvert(f *testing.F) {
 		a, err := convert(entries, flt)
 		if err != nil {
 			return
+		}
+		if !bytes.Equal(bytes.TrimSpace(body), []byte("null")) {
+			if streamed, err := convertJSON(body, flt); err != nil || !slices.Equal(a, streamed) {
+				t.Errorf("entry by entry it is %v (%v), not %v", streamed, err, a)
+			}
 		}
 		if len(a) > len(entries) {
 			t.Fatalf("%d instances of %d entries", len(a), len(entries))

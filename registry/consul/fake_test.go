@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -42,29 +43,50 @@ type fake struct {
 	policies map[string]policy // by token
 	contact  time.Duration     // X-Consul-LastContact
 	leader   bool
-	status   map[string]int // path prefix -> status in place of an answer
-	text     string         // the body of such an answer
-	cleaning bool           // redirects paths that are not clean, as routers of old do
-	parted   func(*fake)    // called once, between two requests for the catalog, whose connection then ends
+	status   map[string]int     // path prefix -> status in place of an answer
+	text     string             // the body of such an answer
+	longest  int                // bytes of such a body
+	endless  map[string]endless // path -> what is sent in place of the answer's body
+	cleaning bool               // redirects paths that are not clean, as routers of old do
+	parted   func(*fake)        // called once, between two requests for the catalog, whose connection then ends
 	paths    map[net.Conn]string
 	hanging  bool
 	hangAt   int
 	hung     chan struct{}
 	seen     int
-	waiting  int  // blocking queries
-	listing  int  // blocking queries for the catalog
-	streamed int  // answers from streams
-	bare     bool // no headers of Consul
-	streams  bool // streams even what it cannot
-	queries  []string
-	conns    map[net.Conn]bool // whether the connection was one too many
-	most     int               // connections at once
-	allowed  int               // connections at once before requests are refused
-	busy     int               // blocking queries at once before the catalog is refused, if above 0
+	waiting  int // blocking queries
+	listing  int // blocking queries for the catalog
+	streamed int // answers from streams
+	// tokenless counts requests without a token.
+	tokenless int
+	bare      bool // no headers of Consul
+	streams   bool // streams even what it cannot
+	queries   []string
+	conns     map[net.Conn]bool // whether the connection was one too many
+	most      int               // connections at once
+	allowed   int               // connections at once before requests are refused
+	busy      int               // blocking queries at once before the catalog is refused, if above 0
 
 	address string
 	tls     *tls.Config
 	server  *httptest.Server
+}
+
+// endless is a body that never ends.
+type endless struct {
+	first string
+	more  func(n int) string // for n from 0 on
+}
+
+// to writes the body until nobody reads on, and returns how much of it was written.
+func (e endless) to(w io.Writer) int {
+	size, err := io.WriteString(w, e.first)
+	for n := 0; err == nil; n++ {
+		var more int
+		more, err = io.WriteString(w, e.more(n))
+		size += more
+	}
+	return size
 }
 
 type fakeService struct {
@@ -297,6 +319,9 @@ func (f *fake) remove(name string) { f.set(name) }
 func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.mu.Lock()
 	f.seen++
+	if r.Header.Get("X-Consul-Token") == "" {
+		f.tokenless++
+	}
 	f.queries = append(f.queries, r.URL.Path+"?"+r.URL.RawQuery)
 	hang := f.hanging
 	if f.hung != nil {
@@ -382,8 +407,16 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 				h.Del("X-Consul-Results-Filtered-By-Acls")
 			}
 		}
-		text := body()
+		text, instead := "", f.endless[r.URL.Path]
+		if instead.more == nil {
+			text = body()
+		}
 		f.mu.Unlock()
+		if instead.more != nil {
+			size := instead.to(w)
+			f.edit(func() { f.longest = max(f.longest, size) })
+			return
+		}
 		if code != 0 {
 			http.Error(w, text, code)
 			return

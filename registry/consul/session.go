@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
 	"net/http"
@@ -73,11 +74,12 @@ type session struct {
 	sweep   queue
 	ended   error // why the session must end
 
-	services  map[string]*service
-	unsettled int  // services that are not settled
-	watched   int  // services with a watch
-	due       bool // a listing is to be reported once all its services have been read
-	synced    bool // a listing was reported
+	services map[string]*service
+	nodes    map[string]map[*service]bool // the services that have instances on a node
+	awaited  int                          // services that are awaited
+	watched  int                          // services with a watch
+	due      bool                         // a listing is to be reported, once nothing is awaited
+	synced   bool                         // a listing was reported
 
 	// unexplained are the versions of the catalog of which it is not known yet whose change made them. thorough says that
 	// several changes may have come at once, so that a sweep has to go on when one is found.
@@ -97,9 +99,11 @@ type service struct {
 	name string
 	// settled says that it was read, or failed by name, so that a listing may name it.
 	settled bool
+	// awaited says that no listing is reported until it is read, or fails by name, once more.
+	awaited bool
 	// index is the version of the last answer, 0 before it.
 	index uint64
-	nodes []string
+	nodes []string // in order
 	// watch is the blocking query, nil if there is none.
 	watch *watch
 	// stage tells whether the service is about to be read otherwise. again is where it is to be queued after that,
@@ -153,7 +157,7 @@ func (q *queue) sent() {
 }
 
 func newSession(c *consul, server registry.Server, m *memory, sink registry.Sink) (*session, error) {
-	cl, err := newClient(c.env, server, c.query, c.timeout)
+	cl, err := newClient(c, server)
 	if err != nil {
 		return nil, err
 	}
@@ -169,6 +173,7 @@ func newSession(c *consul, server registry.Server, m *memory, sink registry.Sink
 		urgent:      queue{jobs: make(chan *service)},
 		sweep:       queue{jobs: make(chan *service)},
 		services:    map[string]*service{},
+		nodes:       map[string]map[*service]bool{},
 		unexplained: map[uint64]bool{},
 		relax:       registry.Backoff{Min: 10 * time.Second, Max: 5 * time.Minute},
 	}, nil
@@ -267,7 +272,7 @@ func (s *session) list(ctx context.Context) {
 	}
 }
 
-func (s *session) listOnce(ctx context.Context, index uint64) (map[string][]string, meta, error) {
+func (s *session) listOnce(ctx context.Context, index uint64) (map[string]bool, meta, error) {
 	budget := s.calls
 	if index > 0 {
 		budget = s.lists
@@ -330,8 +335,9 @@ func (s *session) yield() {
 }
 
 // listed takes an answer to "which services are there", asked for with the index before. waited says that the query was
-// waiting when a change came, so that the answer tells of that one alone.
-func (s *session) listed(names map[string][]string, m meta, before uint64, waited bool) {
+// waiting when a change came, so that the answer tells of that one alone. However many services it no longer names, the
+// sink is told by one call, since it must see that as one loss.
+func (s *session) listed(names map[string]bool, m meta, before uint64, waited bool) {
 	if m.index < before {
 		s.ended = fmt.Errorf("list services of consul at %s: %w from %d to %d: was the cluster restarted or restored?",
 			s.client.server, errReset, before, m.index)
@@ -353,8 +359,8 @@ func (s *session) listed(names map[string][]string, m meta, before uint64, waite
 	mem.listed, mem.filtered, mem.consul = true, m.filtered, mem.consul || consul
 
 	now := map[string]bool{}
-	for name, tags := range names {
-		if name == "" || !carries(tags, s.filter.tag) {
+	for name, tagged := range names {
+		if name == "" || !tagged {
 			continue
 		}
 		now[name] = true
@@ -364,6 +370,7 @@ func (s *session) listed(names map[string][]string, m meta, before uint64, waite
 		}
 		s.begin(name, false)
 	}
+	lost := map[string]bool{} // nodes of services that are gone
 	for name := range mem.known {
 		if now[name] {
 			continue
@@ -374,19 +381,19 @@ func (s *session) listed(names map[string][]string, m meta, before uint64, waite
 			s.begin(name, true)
 			continue
 		}
-		if sv := s.services[name]; sv != nil {
-			s.affected(nil, sv.nodes)
-		}
 		s.explain(m.index)
-		s.forget(name)
+		for _, node := range s.forget(name) {
+			lost[node] = true
+		}
 	}
+	s.affected(maps.Keys(lost))
 	mem.known = now
 	s.due = true
 }
 
 // believable tells an empty cluster from a token that sees nothing. Consul answers a request without a token with what
 // the anonymous token may read, by default nothing, and does not say that anything was left out.
-func (s *session) believable(names map[string][]string, m meta) error {
+func (s *session) believable(names map[string]bool, m meta) error {
 	_, consul := names["consul"]
 	switch {
 	case m.filtered && len(names) == 0 && len(s.memory.known) == 0:
@@ -404,13 +411,20 @@ func (s *session) believable(names map[string][]string, m meta) error {
 	}
 }
 
-// begin has a service read: a new one, or one that is doubtful.
+// begin has a service read: a new one, or one that is doubtful. A listing waits for doubtful ones, so that those that turn
+// out to be gone are one loss, but once there was a listing it does not wait for new ones: it leaves them out, unless it
+// has been waiting already and takes back what the one before did not name.
 func (s *session) begin(name string, doubtful bool) {
 	sv := s.services[name]
+	wait := doubtful && (sv == nil || !sv.doubtful)
 	if sv == nil {
 		sv = &service{name: name, changed: time.Now(), backoff: registry.Backoff{Max: s.interval}}
 		s.services[name] = sv
-		s.unsettled++
+		wait = wait || !s.synced || s.due
+	}
+	if wait && !sv.awaited {
+		sv.awaited = true
+		s.awaited++
 	}
 	sv.doubtful = doubtful
 	if doubtful {
@@ -419,22 +433,45 @@ func (s *session) begin(name string, doubtful bool) {
 	s.enqueue(&s.urgent, sv)
 }
 
-// forget ends a service that is not there any more.
-func (s *session) forget(name string) {
+// forget ends a service that is not there any more, and returns the nodes it had instances on. The sink is not told.
+func (s *session) forget(name string) (lost []string) {
 	if sv := s.services[name]; sv != nil {
 		s.unwatch(sv)
 		s.settle(sv)
 		sv.stage = idle
+		lost = s.move(sv, nil)
 		delete(s.services, name)
 	}
 	delete(s.memory.whole, name)
-	s.sink.Delete(name)
+	return lost
+}
+
+// move notes the nodes that a service has instances on now, and returns those on which it no longer has any.
+func (s *session) move(sv *service, nodes []string) (lost []string) {
+	for _, node := range nodes {
+		if s.nodes[node] == nil {
+			s.nodes[node] = map[*service]bool{}
+		}
+		s.nodes[node][sv] = true
+	}
+	for _, node := range sv.nodes {
+		if _, still := slices.BinarySearch(nodes, node); still {
+			continue
+		}
+		lost = append(lost, node)
+		if delete(s.nodes[node], sv); len(s.nodes[node]) == 0 {
+			delete(s.nodes, node)
+		}
+	}
+	sv.nodes = nodes
+	return lost
 }
 
 func (s *session) settle(sv *service) {
-	if !sv.settled {
-		sv.settled = true
-		s.unsettled--
+	sv.settled = true
+	if sv.awaited {
+		sv.awaited = false
+		s.awaited--
 	}
 }
 
@@ -511,13 +548,10 @@ func (s *session) sweepAll() {
 	}
 }
 
-// affected has those services read that are not watched and have one of the names, or instances on one of the nodes.
-func (s *session) affected(names map[string]bool, nodes []string) {
-	if len(names) == 0 && len(nodes) == 0 || s.watched == len(s.services) {
-		return
-	}
-	for _, sv := range s.services {
-		if names[sv.name] || slices.ContainsFunc(sv.nodes, func(n string) bool { return slices.Contains(nodes, n) }) {
+// affected has those services read that are not watched and have instances on one of the nodes.
+func (s *session) affected(nodes iter.Seq[string]) {
+	for node := range nodes {
+		for sv := range s.nodes[node] {
 			s.enqueue(&s.urgent, sv)
 		}
 	}
@@ -539,13 +573,23 @@ func (s *session) refresh() {
 	}
 }
 
-// report reports the listing once each of its services has been read or has failed by name.
+// report reports the listing once nothing is awaited.
 func (s *session) report() {
-	if !s.due || s.unsettled > 0 || s.ended != nil {
+	if !s.due || s.awaited > 0 || s.ended != nil {
 		return
 	}
+	names := make([]string, 0, len(s.memory.known))
+	for name := range s.memory.known {
+		if s.services[name].settled {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 && len(s.memory.known) > 0 {
+		return // all are new: to name none would say that the registry is empty
+	}
 	s.due, s.synced = false, true
-	s.sink.Synced(slices.Sorted(maps.Keys(s.memory.known)))
+	slices.Sort(names)
+	s.sink.Synced(names)
 }
 
 // read reads services as they are asked for.
@@ -585,27 +629,19 @@ type answer struct {
 	instances  []registry.Instance
 	all        int // instances, before they were selected by tag
 	datacenter string
-	nodes      []string
+	nodes      []string // in order
 	err        error
 }
 
 func (s *session) ask(ctx context.Context, name string, index uint64) answer {
-	entries, m, err := s.client.health(ctx, name, index, s.wait())
-	a := answer{meta: m, all: len(entries), err: err}
+	r, m, err := s.client.health(ctx, name, index, s.wait())
 	if err != nil {
-		return a
+		return answer{meta: m, err: err}
 	}
-	if a.instances, err = convert(entries, s.filter); err != nil {
-		a.err = fmt.Errorf("read service %s of consul at %s: %w", name, s.client.server, err)
-		return a
+	slices.Sort(r.nodes)
+	return answer{
+		meta: m, instances: r.instances(), all: r.all, datacenter: r.datacenter, nodes: slices.Clip(slices.Compact(r.nodes)),
 	}
-	for _, e := range entries {
-		a.datacenter = e.Node.Datacenter
-		if !slices.Contains(a.nodes, e.Node.Node) {
-			a.nodes = append(a.nodes, e.Node.Node)
-		}
-	}
-	return a
 }
 
 // answered takes an answer about a service.
@@ -645,8 +681,7 @@ func (s *session) answered(sv *service, a answer) {
 	sv.backoff.Reset()
 	sv.retryAt, sv.readAt = time.Time{}, time.Now()
 	if sv.doubtful && a.all == 0 {
-		delete(s.memory.known, sv.name)
-		s.forget(sv.name)
+		s.gone(sv)
 		return
 	}
 	if a.index != sv.index {
@@ -657,12 +692,12 @@ func (s *session) answered(sv *service, a answer) {
 	}
 	s.settle(sv)
 	s.explain(a.index)
-	lost := slices.DeleteFunc(sv.nodes, func(n string) bool { return slices.Contains(a.nodes, n) })
-	sv.index, sv.nodes = a.index, a.nodes
+	sv.index = a.index
+	lost := s.move(sv, a.nodes)
 	if !a.filtered {
 		s.memory.whole[sv.name] = true
 	}
-	s.affected(nil, lost) // a node that is gone takes all its services away at once
+	s.affected(slices.Values(lost)) // a node that is gone takes all its services away at once
 	if s.datacenter == "" && a.datacenter != "" {
 		s.memory.datacenter = a.datacenter
 	}
@@ -670,6 +705,15 @@ func (s *session) answered(sv *service, a answer) {
 		return // no instance, and not one seen so far of any service: the next listing will not have it either
 	}
 	s.sink.Put(registry.Service{ID: sv.name, Host: hostOf(sv.name, s.memory.datacenter), Instances: a.instances})
+}
+
+// gone takes in that a doubtful service is not there any more. If a listing waits for it, that one tells.
+func (s *session) gone(sv *service) {
+	delete(s.memory.known, sv.name)
+	s.forget(sv.name)
+	if !s.due {
+		s.sink.Delete(sv.name)
+	}
 }
 
 // promote begins blocking queries while there are connections for them, for those services first that changed last.
@@ -809,12 +853,12 @@ func (s *session) watchChecks(ctx context.Context) {
 func (s *session) checked(list []check, before uint64) {
 	old := s.checks
 	s.checks = make(map[checkKey]check, len(list))
-	names, nodes := map[string]bool{}, map[string]bool{}
+	nodes := map[string]bool{}
 	affect := func(c check) {
 		if c.ServiceName == "" {
 			nodes[c.Node] = true
-		} else {
-			names[c.ServiceName] = true
+		} else if sv := s.services[c.ServiceName]; sv != nil && before > 0 {
+			s.enqueue(&s.urgent, sv)
 		}
 	}
 	for _, c := range list {
@@ -833,5 +877,5 @@ func (s *session) checked(list []check, before uint64) {
 		s.sweepAll()
 		return
 	}
-	s.affected(names, slices.Collect(maps.Keys(nodes)))
+	s.affected(maps.Keys(nodes))
 }
