@@ -12,7 +12,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -254,8 +257,22 @@ func (b *Bridge) configure(ctx context.Context, c Config) {
 		wanted[rc.Key] = i
 		b.configureOne(ctx, rc, i)
 	}
-	for key, run := range b.runners {
+	// An entry that cannot be used may be a misspelt one of those that are missing.
+	unusable := map[string]string{} // by McpBridge
+	for _, rc := range c.Registries {
+		if b.runners[rc.Key].invalid() {
+			unusable[rc.Key.bridge()] = rc.Key.String()
+		}
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(b.runners), func(a, b Key) int { return strings.Compare(a.String(), b.String()) }) {
 		if _, ok := wanted[key]; !ok {
+			run := b.runners[key]
+			if other := unusable[key.bridge()]; other != "" {
+				b.opts.Logger.Warn("registry is no longer in the configuration, and is not removed before all entries of its McpBridge can be used",
+					"registry", key.String(), "unusable", other)
+				wanted[key] = len(wanted)
+				continue
+			}
 			b.opts.Logger.Info("registry removed from the configuration", "registry", key.String())
 			run.stop()
 			b.store.remove(run.state)
@@ -271,7 +288,7 @@ func (b *Bridge) configure(ctx context.Context, c Config) {
 	if c.Read && b.readAt.IsZero() {
 		b.readAt = time.Now()
 	}
-	if c.Read && len(c.Registries) > 0 { // an empty configuration may be a volume that is not mounted
+	if c.Read && len(c.Registries) > 0 && len(unusable) == 0 { // an empty configuration may be a volume that is not mounted
 		b.sweepSnapshots()
 	}
 	b.store.wakeUp()

@@ -559,3 +559,30 @@ func TestReadersAndWriters(t *testing.T) {
 		}
 	})
 }
+
+// TestProblemsOfEntries holds that an entry that its type refuses is among the configuration's problems, for alerts.
+func TestProblemsOfEntries(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		play(w, `
+			entry a
+			start
+			apply
+			a put order 10.0.0.1:80
+			a synced order
+			entry a domain=bad
+			apply
+			expect order.script 10.0.0.1:80
+		`)
+		problems, err := w.bridge.Problems()
+		if err != nil || len(problems) != 1 || problems[0].Warning || problems[0].Path != "spec.registries[0].domain" {
+			t.Errorf("the problems are %+v, %v", problems, err)
+		}
+		play(w, `
+			entry a
+			apply
+		`)
+		if problems, err := w.bridge.Problems(); err != nil || len(problems) != 0 {
+			t.Errorf("once it is mended: %+v, %v", problems, err)
+		}
+	})
+}

@@ -52,7 +52,7 @@ func merge(claims []claim) (mcp.Service, map[claim][]LeftOut) {
 			continue
 		}
 		if c.port.port == 0 {
-			left[c] = append(left[c], LeftOut{Service: c.id, Reason: ReasonNoPort, Detail: "no instance ever told a port"})
+			left[c] = append(left[c], LeftOut{Service: c.id, Reason: ReasonNoPort, Detail: "no instance with a port was ever listed"})
 			continue
 		}
 		used = append(used, c)

@@ -435,7 +435,8 @@ func (run *runner) note(from, to condition) {
 	}
 	switch {
 	case to.holding && !from.holding:
-		run.log.Warn("registry stopped to list endpoints without a word: they are held", "services", len(run.state.holding))
+		run.log.Warn("registry stopped listing endpoints without a word: they are held", "services", len(run.state.holding),
+			"to let them go", "regbridge release "+run.key.Name)
 	case !to.holding && from.holding:
 		run.log.Info("registry: no endpoints are held any more")
 	}

@@ -20,6 +20,9 @@ type Key struct {
 // String gives the form namespace/bridge/type/name.
 func (k Key) String() string { return k.Namespace + "/" + k.Bridge + "/" + k.Type + "/" + k.Name }
 
+// bridge gives the form namespace/bridge of the McpBridge.
+func (k Key) bridge() string { return k.Namespace + "/" + k.Bridge }
+
 // Config is all that the configuration says. It replaces the Config before as a whole, and is never written again.
 type Config struct {
 	// Read says that every place of configuration has been read completely at least once. Until then nothing may be

@@ -329,7 +329,7 @@ func (r *registryState) forget(ids []string, now time.Time) {
 	r.checkLoaded()
 }
 
-// judge decides about endpoints that the registry stopped to list without a word: those that are not believed to be gone
+// judge decides about endpoints that the registry stopped listing without a word: those that are not believed to be gone
 // are held. added counts the new endpoints per service.
 func (r *registryState) judge(added map[string]int, lost []loss, seen func(loss) time.Time, now time.Time) {
 	if r.policy.guard.off {

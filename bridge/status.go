@@ -203,9 +203,23 @@ func (b *Bridge) Services() []PublishedService {
 	return out
 }
 
-// Problems returns what the configuration's reader found, and why the last reading failed, if it did.
+// Problems returns what is wrong with the configuration, entries that cannot be used among it, and why the last reading
+// failed, if it did.
 func (b *Bridge) Problems() ([]Problem, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return slices.Clone(b.config.Problems), b.config.Err
+	all := slices.Clone(b.config.Problems)
+	for _, rc := range b.config.Registries {
+		run := b.runners[rc.Key]
+		var found []Problem
+		if rc.Err == nil { // else the reader has told it
+			found = run.config.Problems(run.config.Err)
+		}
+		for _, w := range run.warnings {
+			at := run.config.position("")
+			found = append(found, Problem{File: at.File, Line: at.Line, Path: run.config.Path, Message: w, Warning: true})
+		}
+		all = append(all, found...)
+	}
+	return all, b.config.Err
 }

@@ -138,7 +138,7 @@ type TLS struct {
 // On reports whether the registry is reached by TLS.
 func (t *TLS) On() bool { return t != nil && (t.Enabled == nil || *t.Enabled) }
 
-// Guard sets how long endpoints are kept that a registry stopped to list without saying why.
+// Guard sets how long endpoints are kept that a registry stopped listing without saying why.
 type Guard struct {
 	// Settle is the time after a gap in which absence is no evidence; default 60 s.
 	Settle Interval `json:"settle,omitempty"`

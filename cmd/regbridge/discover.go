@@ -333,7 +333,9 @@ func printTables(out io.Writer, f found) error {
 	}
 	for _, r := range f.Registries {
 		for _, warning := range r.Warnings {
-			lines = append(lines, r.Registry+": "+warning+" (warning)")
+			if !slices.ContainsFunc(lines, func(l string) bool { return strings.Contains(l, warning) }) {
+				lines = append(lines, r.Registry+": "+warning+" (warning)")
+			}
 		}
 	}
 	if len(lines) == 0 {

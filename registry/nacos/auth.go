@@ -91,6 +91,8 @@ func (a *auth) headers(ctx context.Context, k key) (map[string]string, error) {
 	}
 	user, password := secret.First("nacosUsername", "username"), secret.First("nacosPassword", "password")
 	switch {
+	case user != "" && password == "":
+		return nil, fmt.Errorf("%w: secret %s has a user name and no nacosPassword", errRefused, a.api.secret)
 	case user != "":
 	case a.api.secret != "" && accessKey == "": // else it would be read as nobody, who may see less
 		return nil, fmt.Errorf("%w: secret %s has neither nacosUsername and nacosPassword nor nacosAccessKey and nacosSecretKey",
