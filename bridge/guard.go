@@ -42,10 +42,11 @@ func (g *gap) begin(now time.Time) { *g = gap{start: now} }
 func (g *gap) open() bool { return !g.start.IsZero() && g.end.IsZero() }
 
 // covers reports whether the gap makes absence unbelievable for something last confirmed at seen, and until when; the
-// zero time means until the gap has ended and settled.
+// zero time means until the gap has ended and settled. What was confirmed by the reading that ended the gap is covered: a
+// server that was frozen still lists, for a moment, providers that it is about to forget.
 func (g *gap) covers(seen, now time.Time, settle time.Duration) (until time.Time, covered bool) {
 	switch {
-	case g.start.IsZero() || seen.After(g.start):
+	case g.start.IsZero() || seen.After(g.end) && seen.After(g.start):
 		return time.Time{}, false
 	case g.open():
 		return time.Time{}, true

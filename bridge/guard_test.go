@@ -25,7 +25,8 @@ func TestGapCovers(t *testing.T) {
 		"open, seen at its start":          {gap{start: at(10)}, 10, 100, 0, true},
 		"open, seen since":                 {gap{start: at(10)}, 11, 100, 0, false},
 		"ended, seen before":               {ended, 5, 21, 80, true},
-		"ended, seen during":               {ended, 15, 21, 0, false},
+		"ended, seen by what ended it":     {ended, 20, 21, 80, true},
+		"ended, seen since":                {ended, 21, 22, 0, false},
 		"ended, seen before, last instant": {ended, 5, 79, 80, true},
 		"ended and settled":                {ended, 5, 80, 80, false},
 	} {

@@ -18,7 +18,14 @@ import (
 )
 
 // errRefused is wrapped by errors about credentials that the server does not accept: another server will not either.
-var errRefused = errors.New("the server refuses our credentials")
+// errUnclear wraps it where the server's answer can also mean that it can log in nobody.
+var (
+	errRefused = errors.New("the server refuses our credentials")
+	errUnclear = fmt.Errorf("%w, or can log in nobody", errRefused)
+)
+
+// final reports whether another server would give the same error.
+func final(err error) bool { return errors.Is(err, errRefused) && !errors.Is(err, errUnclear) }
 
 const (
 	// renewPause is the time between two attempts to renew a login that is still good.
@@ -143,8 +150,10 @@ func (a *auth) login(ctx context.Context, user, password registry.Secret) error 
 			case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone:
 				missing = fmt.Errorf("no login is known at this server: %w", refused)
 				continue
-			case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden, http.StatusInternalServerError: // 500: 3.x
+			case http.StatusBadRequest, http.StatusUnauthorized, http.StatusForbidden:
 				return fmt.Errorf("%w: %w", errRefused, refused)
+			case http.StatusInternalServerError: // a wrong password in 3.x, an unknown user in 2.x
+				return fmt.Errorf("%w: check the entry's Secret, keys nacosUsername and nacosPassword: %w", errUnclear, refused)
 			}
 		}
 		if err != nil {

@@ -2,6 +2,7 @@ package nacos
 
 import (
 	"cmp"
+	"encoding/json"
 	"maps"
 	"math"
 	"net/netip"
@@ -43,11 +44,25 @@ type serviceInfo struct {
 type host struct {
 	IP          string            `json:"ip"`
 	Port        int64             `json:"port"`
-	Weight      float64           `json:"weight"`
+	Weight      weight            `json:"weight"`
 	Healthy     bool              `json:"healthy"`
 	Enabled     bool              `json:"enabled"`
 	ClusterName string            `json:"clusterName"`
 	Metadata    map[string]string `json:"metadata"`
+}
+
+// weight is a number, or a text such as "NaN", which servers take from whoever registers; that counts as a negative one, which
+// nobody can have.
+type weight float64
+
+// UnmarshalJSON reads both.
+func (w *weight) UnmarshalJSON(b []byte) error {
+	var f float64
+	if err := json.Unmarshal(b, &f); err != nil {
+		f = -1
+	}
+	*w = weight(f)
+	return nil
 }
 
 // hostOf gives the host name of a service. Higress's convention replaces underscores, but not in the service's name.
@@ -98,7 +113,7 @@ func instance(h host) registry.Instance {
 	i := registry.Instance{
 		Address: address(h.IP),
 		Port:    port(h.Port),
-		Weight:  h.Weight,
+		Weight:  float64(h.Weight),
 		Locality: registry.Locality{
 			Region: cmp.Or(h.Metadata["region"], h.Metadata["topology.kubernetes.io/region"]),
 			Zone:   cmp.Or(h.Metadata["zone"], h.Metadata["topology.kubernetes.io/zone"]),

@@ -2,6 +2,7 @@ package nacos
 
 import (
 	"encoding/json"
+	"fmt"
 	"math"
 	"math/rand"
 	"os"
@@ -223,4 +224,30 @@ func FuzzConvert(f *testing.F) {
 			t.Errorf("another time: %v %s", err, diff)
 		}
 	})
+}
+
+// TestWeightThatIsNone holds that a weight which is no number harms its instance alone.
+func TestWeightThatIsNone(t *testing.T) {
+	var info serviceInfo
+	text := `{"hosts":[{"ip":"10.0.0.1","port":80,"weight":"NaN","healthy":true,"enabled":true},
+		{"ip":"10.0.0.2","port":80,"weight":0.5,"healthy":true,"enabled":true}]}`
+	if err := json.Unmarshal([]byte(text), &info); err != nil {
+		t.Fatal(err)
+	}
+	s, err := convert(key{"g", "s"}, "public", info)
+	if err != nil || len(s.Instances) != 2 || s.Instances[0].Weight != -1 || s.Instances[1].Weight != 0.5 {
+		t.Errorf("the service is %+v, %v", s, err)
+	}
+}
+
+// TestRefusalsOfOneServer holds that another server is tried where the answer to a login may be this server's own trouble.
+func TestRefusalsOfOneServer(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want bool
+	}{{errRefused, true}, {fmt.Errorf("log in: %w", errUnclear), false}, {errContradiction, false}} {
+		if got := final(c.err); got != c.want {
+			t.Errorf("final(%v) = %t", c.err, got)
+		}
+	}
 }

@@ -607,7 +607,7 @@ func (f *httpFake) backend() registrytest.Backend {
 			hosts := make([]host, len(instances))
 			for n, i := range instances {
 				hosts[n] = host{
-					IP: i.Address, Port: int64(i.Port), Weight: i.Weight, Healthy: !i.Unhealthy, Enabled: !i.Disabled, Metadata: i.Metadata.Map(),
+					IP: i.Address, Port: int64(i.Port), Weight: weight(i.Weight), Healthy: !i.Unhealthy, Enabled: !i.Disabled, Metadata: i.Metadata.Map(),
 				}
 			}
 			f.put(service, hosts...)

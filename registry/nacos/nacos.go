@@ -179,7 +179,7 @@ func (n *source) Run(ctx context.Context, sink registry.Sink) error {
 			return nil
 		}
 		sink.Fail(err)
-		if left && !errors.Is(err, errRefused) {
+		if left && !final(err) {
 			continue // with a server that has not been tried
 		}
 		if registry.Sleep(ctx, backoff.Next()) != nil {

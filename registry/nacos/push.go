@@ -103,7 +103,7 @@ func (n *session) keep(ctx context.Context) error {
 				continue
 			}
 		}
-		if failures++; !survivable(err) || n.others() && failures >= patience && !errors.Is(err, errRefused) {
+		if failures++; !survivable(err) || n.others() && failures >= patience && !final(err) {
 			return err
 		}
 		n.sink.Fail(fmt.Errorf("nacos at %s: %w", n.conn.server, err)) // the connection works, and so do the pushes
