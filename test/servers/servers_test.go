@@ -315,6 +315,9 @@ func TestShim(t *testing.T) {
 		t.Skipf("not available: %v", err)
 	}
 	python, err := exec.LookPath("python3")
+	if err != nil && Required() {
+		t.Fatal(err)
+	}
 	if err != nil {
 		t.Skipf("not available: %v", err)
 	}
