@@ -24,7 +24,7 @@ run:
 build:
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/regbridge ./cmd/regbridge
 
-#? servers: get the real servers that tests use (Consul, Nacos, CoreDNS, istiod, Envoy) into the cache folder
+#? servers: get the real servers that tests use (registries, applications, istiod, Envoy) into the cache folder
 .PHONY: servers
 servers:
 	go run ./test/servers/fetch

