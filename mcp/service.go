@@ -65,14 +65,14 @@ const (
 )
 
 // ParseProtocol reads a protocol's name as registries and configurations write it, without regard to case. Triple is
-// gRPC on the wire. An unknown name is Unsupported; an empty one is empty.
+// gRPC on the wire, Dubbo's rest HTTP. An unknown name is Unsupported; an empty one is empty.
 func ParseProtocol(s string) Protocol {
 	switch strings.ToLower(strings.TrimSpace(s)) {
 	case "":
 		return ""
 	case "tcp":
 		return TCP
-	case "http":
+	case "http", "rest":
 		return HTTP
 	case "http2":
 		return HTTP2

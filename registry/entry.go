@@ -21,7 +21,8 @@ type Entry struct {
 	// Name distinguishes registries of one type; for static and dns it is the first part of the host name.
 	Name string `json:"name" edit:"source"`
 	// Domain is the registry's server or servers: a comma list of host, host:port or [v6]:port; blanks are allowed. For
-	// static it lists endpoints, for dns the names to resolve.
+	// static it lists endpoints, for dns the names to resolve. For zookeeper the list may end in a chroot (a path), as its
+	// connect strings do.
 	Domain string `json:"domain,omitempty" edit:"source"`
 	// Port is the default port of the servers in Domain; for static and dns the service port.
 	Port uint32 `json:"port,omitempty" edit:"source"`
@@ -59,6 +60,14 @@ type Entry struct {
 
 	// ZkServicesPath lists further root paths of Spring Cloud services.
 	ZkServicesPath []string `json:"zkServicesPath,omitempty" edit:"source"`
+
+	// EurekaContextPath is the path of the servers' API; empty means /eureka.
+	EurekaContextPath string `json:"eurekaContextPath,omitempty" edit:"source"`
+	// EurekaSecure chooses between the two ports of an instance: "auto" (the secure one only where the other is
+	// disabled; the default), "always" or "never".
+	EurekaSecure string `json:"eurekaSecure,omitempty" edit:"source"`
+	// EurekaPreferHostName publishes the instances' host names in place of their IP addresses.
+	EurekaPreferHostName bool `json:"eurekaPreferHostName,omitempty" edit:"source"`
 
 	// DNSMode is "passthrough" (the proxies resolve; the default) or "resolve" (regbridge resolves).
 	DNSMode string `json:"dnsMode,omitempty" edit:"source"`

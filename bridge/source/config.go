@@ -78,7 +78,7 @@ func build(docs []Document, rules []rule) ([]bridge.RegistryConfig, []bridge.Pro
 // foreign reports the fields of an entry that only registries of another type have.
 func foreign(rc bridge.RegistryConfig) error {
 	types := map[string]string{ // what their names begin with, by what the fields' names begin with
-		"nacos": "nacos", "mcpServer": "nacos", "enableMCPServer": "nacos", "consul": "consul", "zk": "zookeeper", "dns": "dns",
+		"nacos": "nacos", "mcpServer": "nacos", "enableMCPServer": "nacos", "consul": "consul", "zk": "zookeeper", "eureka": "eureka", "dns": "dns",
 	}
 	var problems []error
 	for name := range rc.Fields {

@@ -18,12 +18,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // Each type takes a plain entry of its own, and tells which fields of an empty one are wrong.
 func TestTypes(t *testing.T) {
 	good := map[string]registry.Entry{
-		"consul": {Type: "consul", Name: "main", Domain: "consul.example.com", Port: 8500},
-		"dns":    {Type: "dns", Name: "shop", Domain: "shop.example.com", Port: 80},
-		"nacos":  {Type: "nacos", Name: "old", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
-		"nacos2": {Type: "nacos2", Name: "main", Domain: "nacos.example.com", Port: 8848, NacosGroups: []string{"DEFAULT_GROUP"}},
-		"nacos3": {Type: "nacos3", Name: "new", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
-		"static": {Type: "static", Name: "web", Domain: "192.0.2.1:8080", Port: 80},
+		"consul":    {Type: "consul", Name: "main", Domain: "consul.example.com", Port: 8500},
+		"dns":       {Type: "dns", Name: "shop", Domain: "shop.example.com", Port: 80},
+		"eureka":    {Type: "eureka", Name: "main", Domain: "eureka.example.com", Port: 8761},
+		"nacos":     {Type: "nacos", Name: "old", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
+		"nacos2":    {Type: "nacos2", Name: "main", Domain: "nacos.example.com", Port: 8848, NacosGroups: []string{"DEFAULT_GROUP"}},
+		"nacos3":    {Type: "nacos3", Name: "new", Domain: "nacos.example.com", NacosGroups: []string{"DEFAULT_GROUP"}},
+		"static":    {Type: "static", Name: "web", Domain: "192.0.2.1:8080", Port: 80},
+		"zookeeper": {Type: "zookeeper", Name: "main", Domain: "zk-0.example.com,zk-1.example.com/prod", Port: 2181},
 	}
 	types := builtin.Types()
 	if got, want := slices.Sorted(maps.Keys(types)), slices.Sorted(maps.Keys(good)); !slices.Equal(got, want) {

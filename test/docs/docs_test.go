@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-zookeeper/zk"
 	"github.com/hashicorp/consul/api"
 
 	"github.com/regbridge/regbridge/test/harness"
@@ -206,25 +207,40 @@ func TestExamples(t *testing.T) {
 			t.Helper()
 			consul := harness.StartConsul(t, harness.ConsulOptions{ACL: true})
 			consul.Register(api.AgentServiceRegistration{ID: "web-1", Name: "web", Address: "192.0.2.9", Port: 8080})
-			secrets := t.TempDir()
-			secret := strings.ReplaceAll(read(t, "examples/consul/secrets/consul-token.yaml"), "put-your-token-here", consul.Token)
-			if err := os.WriteFile(filepath.Join(secrets, "consul-token.yaml"), []byte(secret), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			o.Args = []string{"--secrets-dir", secrets}
+			o.Args = withSecret(t, "examples/consul/secrets/consul-token.yaml", "put-your-token-here", consul.Token)
 			return strings.ReplaceAll(text, "127.0.0.1:8500", consul.Address)
 		}},
 		{"nacos", "web.DEFAULT-GROUP.public.nacos", func(t *testing.T, text string, o *harness.RegbridgeOptions) string {
 			t.Helper()
 			nacos := harness.StartNacos(t, servers.Nacos2, harness.NacosOptions{Auth: true})
 			nacos.Register(harness.NacosInstance{Service: "web", IP: "192.0.2.9", Port: 8080})
-			secrets := t.TempDir()
-			secret := strings.ReplaceAll(read(t, "examples/nacos/secrets/nacos-login.yaml"), "put-your-password-here", nacos.Password)
-			if err := os.WriteFile(filepath.Join(secrets, "nacos-login.yaml"), []byte(secret), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			o.Args = []string{"--secrets-dir", secrets, "--first-answer-deadline", "10s"} // the old server is away
+			o.Args = append(withSecret(t, "examples/nacos/secrets/nacos-login.yaml", "put-your-password-here", nacos.Password),
+				"--first-answer-deadline", "10s") // the old server is away
 			return strings.ReplaceAll(text, "port: 8848", "port: "+strconv.Itoa(nacos.Port))
+		}},
+		{"eureka", "WEB.eureka", func(t *testing.T, text string, o *harness.RegbridgeOptions) string {
+			t.Helper()
+			eureka := harness.StartEureka(t, harness.EurekaOptions{User: "regbridge", Password: "pw"})
+			eureka.Register(harness.EurekaInstance{App: "web", IP: "192.0.2.9", Port: 8080})
+			o.Args = withSecret(t, "examples/eureka/secrets/eureka-login.yaml", "put-your-password-here", eureka.Password)
+			_, port, _ := strings.Cut(eureka.Address, ":")
+			return strings.ReplaceAll(text, "port: 8761", "port: "+port)
+		}},
+		{"zookeeper", "web.apps-prod.zookeeper", func(t *testing.T, text string, o *harness.RegbridgeOptions) string {
+			t.Helper()
+			server := harness.StartZooKeeper(t, harness.ZooKeeperOptions{})
+			conn := server.Client(t, "app:pw")
+			for _, node := range []struct{ path, data string }{
+				{"/apps", ""}, {"/apps/prod", ""}, {"/apps/prod/web", ""},
+				{"/apps/prod/web/1", `{"name":"web","id":"1","address":"192.0.2.9","port":8080}`},
+			} {
+				if _, err := conn.Create(node.path, []byte(node.data), 0, zk.DigestACL(zk.PermAll, "app", "pw")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			o.Args = withSecret(t, "examples/zookeeper/secrets/zookeeper-login.yaml", "put-your-password-here", "pw")
+			_, port, _ := strings.Cut(server.Address, ":")
+			return strings.ReplaceAll(text, "port: 2181", "port: "+port)
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -265,10 +281,24 @@ func TestExamples(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range dirs {
-		if !slices.Contains([]string{"quickstart", "static", "dns", "consul", "nacos", "istiod"}, filepath.Base(d)) {
+		if !slices.Contains([]string{"quickstart", "static", "dns", "consul", "eureka", "nacos", "zookeeper", "istiod"}, filepath.Base(d)) {
 			t.Errorf("%s is run by no test", d)
 		}
 	}
+}
+
+// withSecret gives the options of regbridge for a folder with the example's Secret, filled in.
+func withSecret(t *testing.T, example, placeholder, value string) []string {
+	t.Helper()
+	secrets := t.TempDir()
+	text := read(t, example)
+	if !strings.Contains(text, placeholder) {
+		t.Fatalf("%s has no %s", example, placeholder)
+	}
+	if err := os.WriteFile(filepath.Join(secrets, filepath.Base(example)), []byte(strings.ReplaceAll(text, placeholder, value)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"--secrets-dir", secrets}
 }
 
 // TestLinksLeadSomewhere checks the relative links of all Markdown files.

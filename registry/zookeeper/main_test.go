@@ -1,0 +1,9 @@
+package zookeeper
+
+import (
+	"testing"
+
+	"github.com/regbridge/regbridge/registry/registrytest"
+)
+
+func TestMain(m *testing.M) { registrytest.Main(m) }
