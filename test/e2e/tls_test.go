@@ -22,24 +22,25 @@ import (
 	"github.com/regbridge/regbridge/test/harness"
 )
 
-// sdsServer gives proxies one Secret.
+// sdsServer gives proxies their Secrets.
 type sdsServer struct {
 	secrets.UnimplementedSecretDiscoveryServiceServer
-	secret *auth.Secret
+	secrets []*auth.Secret
 }
 
-// StreamSecrets answers the first request; the others of the stream acknowledge it.
+// StreamSecrets answers the first request, which names one Secret; the others of the stream acknowledge it.
 func (s *sdsServer) StreamSecrets(stream secrets.SecretDiscoveryService_StreamSecretsServer) error {
 	r, err := stream.Recv()
 	if err != nil {
 		return err
 	}
-	packed, err := anypb.New(s.secret)
+	i := slices.IndexFunc(s.secrets, func(secret *auth.Secret) bool { return slices.Contains(r.ResourceNames, secret.Name) })
+	if i < 0 {
+		return fmt.Errorf("asked for %v, which is not here", r.ResourceNames)
+	}
+	packed, err := anypb.New(s.secrets[i])
 	if err != nil {
 		return err
-	}
-	if !slices.Contains(r.ResourceNames, s.secret.Name) {
-		return fmt.Errorf("asked for %v: there is only %s", r.ResourceNames, s.secret.Name)
 	}
 	answer := &discovery.DiscoveryResponse{TypeUrl: r.TypeUrl, VersionInfo: "1", Nonce: "1", Resources: []*anypb.Any{packed}}
 	if err := stream.Send(answer); err != nil {
@@ -52,8 +53,8 @@ func (s *sdsServer) StreamSecrets(stream secrets.SecretDiscoveryService_StreamSe
 	}
 }
 
-// startSDS serves a CA under the name by which istiod has proxies ask for the CAs of their machine. In production that is
-// the work of the agent beside Istio's proxy.
+// startSDS serves a CA under the names by which istiod has proxies ask for the CAs of their machine and of the mesh, and a
+// certificate of it as the workload's. In production that is the work of the agent beside Istio's proxy.
 func startSDS(t *testing.T, ca *harness.CA) (address string) {
 	t.Helper()
 	l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)))
@@ -61,11 +62,17 @@ func startSDS(t *testing.T, ca *harness.CA) (address string) {
 		t.Fatal(err)
 	}
 	s := grpc.NewServer()
-	secrets.RegisterSecretDiscoveryServiceServer(s, &sdsServer{secret: &auth.Secret{
-		Name: "file-root:system",
-		Type: &auth.Secret_ValidationContext{ValidationContext: &auth.CertificateValidationContext{
-			TrustedCa: &core.DataSource{Specifier: &core.DataSource_InlineString{InlineString: ca.PEM}},
-		}},
+	inline := func(pem string) *core.DataSource {
+		return &core.DataSource{Specifier: &core.DataSource_InlineString{InlineString: pem}}
+	}
+	trusted := &auth.Secret_ValidationContext{ValidationContext: &auth.CertificateValidationContext{TrustedCa: inline(ca.PEM)}}
+	certPEM, keyPEM := ca.Issue(t, "workload")
+	secrets.RegisterSecretDiscoveryServiceServer(s, &sdsServer{secrets: []*auth.Secret{
+		{Name: "file-root:system", Type: trusted},
+		{Name: "ROOTCA", Type: trusted},
+		{Name: "default", Type: &auth.Secret_TlsCertificate{TlsCertificate: &auth.TlsCertificate{
+			CertificateChain: inline(certPEM), PrivateKey: inline(keyPEM),
+		}}},
 	}})
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()

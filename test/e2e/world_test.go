@@ -164,22 +164,29 @@ func (w *world) serves(t *testing.T, host string, upstreams ...*harness.Upstream
 		if err := w.has(host, addresses(upstreams)...); err != nil {
 			return err
 		}
-		want, got := map[string]bool{}, map[string]bool{}
+		var names []string
 		for _, u := range upstreams {
-			want[u.Name] = true
+			names = append(names, u.Name)
 		}
-		for range 3 * len(upstreams) {
-			name, err := w.ask(host)
-			if err != nil {
-				return err
-			}
-			got[name] = true
-		}
-		if !maps.Equal(got, want) {
-			return fmt.Errorf("%s is answered by %v, want %v", host, slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
-		}
-		return nil
+		return w.answers(host, names...)
 	})
+}
+
+// answers returns nil if the instances of these names, and no others, answer for the host.
+func (w *world) answers(host string, want ...string) error {
+	got := map[string]bool{}
+	for range 4 * len(want) {
+		name, err := w.ask(host)
+		if err != nil {
+			return err
+		}
+		got[name] = true
+	}
+	slices.Sort(want)
+	if names := slices.Sorted(maps.Keys(got)); !slices.Equal(names, want) {
+		return fmt.Errorf("%s is answered by %v, want %v", host, names, want)
+	}
+	return nil
 }
 
 // serves503 waits until Envoy answers by itself for the host, and istiod still has the service, without endpoints.
