@@ -372,6 +372,16 @@ func TestSpringCloudZooKeeper(t *testing.T) {
 	client.has(t, inServices("shop"), one.Address, two.Address)
 	answers(inServices("shop"), "one", "two")
 
+	one.SetMetadata(map[string]string{"version": "v2"})
+	harness.Eventually(t, patience, func() error {
+		for _, e := range client.service(inServices("shop")).GetEndpoints() {
+			if e.Labels["version"] == "v2" {
+				return nil
+			}
+		}
+		return errors.New("no endpoint has the new label")
+	})
+
 	asleep := start("asleep", "asleep", harness.SpringZooKeeperOptions{InitialStatus: "OUT_OF_SERVICE", Root: "/apps/prod"})
 	client.has(t, "asleep.apps-prod.zookeeper")
 	asleep.SetStatus("UP")
