@@ -158,6 +158,8 @@ func fill(t *testing.T, v reflect.Value) {
 	switch v.Kind() { //nolint:exhaustive // what Entry has
 	case reflect.String:
 		v.SetString("filled")
+	case reflect.Bool:
+		v.SetBool(true)
 	case reflect.Uint32:
 		v.SetUint(7)
 	case reflect.Int64:
