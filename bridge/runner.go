@@ -92,7 +92,8 @@ func (run *runner) prepare(ctx context.Context, rc RegistryConfig) error {
 	}
 	b.store.update(run.state, func(now time.Time) {
 		run.state.read(after.Source)
-		if run.running && before.Source == after.Source && before.Identity != after.Identity {
+		// Also who reads otherwise, or once more, has not seen what went since the last reading, and why.
+		if run.running && before.Source == after.Source && again {
 			run.state.reconnect(now)
 		}
 		run.state.reassemble(policyOf(rc.Entry), now)

@@ -104,7 +104,7 @@ func listed(s registry.Service) map[endpointKey]bool {
 }
 
 var (
-	errReconnecting = errors.New("connecting anew with other credentials: what it had stays until it has been read again")
+	errReconnecting = errors.New("connecting anew: what it had stays until it has been read again")
 	errEmptyListing = errors.New("the registry lists no services at all: what it had is held until it says so again")
 )
 
@@ -519,7 +519,7 @@ func (r *registryState) fail(err error, ids []string, now time.Time) {
 	r.checkLoaded()
 }
 
-// reconnect notes that from now on the registry is read as somebody else, who may be shown something else.
+// reconnect notes that from now on the registry is read anew: perhaps as somebody else, who may be shown something else.
 func (r *registryState) reconnect(now time.Time) {
 	r.lastErr, r.lastErrAt = errReconnecting, now
 	r.beginGap(now)

@@ -18,7 +18,7 @@ const (
 	StateInvalid State = "invalid"
 	// StateBlocked cannot run: a Secret or a file is missing, or the registry says that the configuration is wrong.
 	StateBlocked State = "blocked"
-	// StateConnecting has not been read completely yet, or is connected anew with other credentials.
+	// StateConnecting has not been read completely yet, or is connected anew after an edit, or with other credentials.
 	StateConnecting State = "connecting"
 	// StateFailing cannot be read. What it had stays.
 	StateFailing State = "failing"

@@ -65,9 +65,9 @@ type Entry struct {
 	EurekaContextPath string `json:"eurekaContextPath,omitempty" edit:"source"`
 	// EurekaSecure chooses between the two ports of an instance: "auto" (the secure one only where the other is
 	// disabled; the default), "always" or "never".
-	EurekaSecure string `json:"eurekaSecure,omitempty" edit:"source"`
+	EurekaSecure string `json:"eurekaSecure,omitempty" edit:"run"`
 	// EurekaPreferHostName publishes the instances' host names in place of their IP addresses.
-	EurekaPreferHostName bool `json:"eurekaPreferHostName,omitempty" edit:"source"`
+	EurekaPreferHostName bool `json:"eurekaPreferHostName,omitempty" edit:"run"`
 
 	// DNSMode is "passthrough" (the proxies resolve; the default) or "resolve" (regbridge resolves).
 	DNSMode string `json:"dnsMode,omitempty" edit:"source"`

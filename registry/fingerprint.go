@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 )
 
@@ -35,6 +36,11 @@ func (e Entry) Fingerprint() Fingerprint {
 		if v.Field(i).IsZero() {
 			continue
 		}
+		if field.Name == "Domain" { // in another order, or with other blanks, it is the same source
+			fmt.Fprintf(parts["run"], "%s=%s\n", field.Name, e.Domain)
+			fmt.Fprintf(part, "%s=%s\n", field.Name, sameDomain(e.Domain))
+			continue
+		}
 		b, err := json.Marshal(v.Field(i).Interface())
 		if err != nil {
 			panic(fmt.Sprintf("registry: Entry.%s: %v", field.Name, err)) // all field types can be marshalled
@@ -46,6 +52,18 @@ func (e Entry) Fingerprint() Fingerprint {
 		Identity: digest(parts["identity"].String()),
 		Run:      digest(parts["run"].String()),
 	}
+}
+
+// sameDomain gives equal texts for lists of the same items. What a slash begins belongs to all of them (a chroot), and stays
+// at the end.
+func sameDomain(domain string) string {
+	list, rest, _ := strings.Cut(domain, "/")
+	items := strings.Split(list, ",")
+	for i, item := range items {
+		items[i] = strings.TrimSpace(item)
+	}
+	slices.Sort(items)
+	return strings.TrimLeft(strings.Join(slices.Compact(items), ","), ",") + "/" + strings.TrimSpace(rest)
 }
 
 func digest(s string) string {

@@ -48,7 +48,7 @@ Registries that could not be read within --timeout are named, and the exit statu
 cannot be used. One that fails twice, and with each of its servers, is not waited for longer than for the others.`,
 		Example: `  regbridge discover bridge.yaml
   regbridge discover bridge.yaml --secrets-dir ./secrets --timeout 60s
-  regbridge discover bridge.yaml -o json | jq '.services[].host'`,
+  regbridge discover bridge.yaml -o json | jq '.services[] | [.host, .meshHost]'`,
 		Args:              exactlyOne("name one file or folder"),
 		ValidArgsFunction: completeFiles,
 		RunE: func(cmd *cobra.Command, args []string) error {

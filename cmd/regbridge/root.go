@@ -33,7 +33,7 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "regbridge [flags]",
 		Short: "Brings services of registries into an Istio or Envoy mesh",
-		Long: `regbridge brings services that are registered in Nacos, Consul, DNS or a static list into an Istio mesh: it watches McpBridge
+		Long: `regbridge brings services that are registered in Nacos, Consul, ZooKeeper, Eureka, DNS or a static list into an Istio mesh: it watches McpBridge
 resources, reads the registries that they name, and serves what it finds over xDS (MCP) to istiod.
 
 Without a command it serves. Each flag of each command can also be set in the environment: --xds-address by

@@ -29,6 +29,8 @@ const (
 var (
 	// errNoDelta is wrapped by the error of a server that tells no changes.
 	errNoDelta = errors.New("the server tells no changes")
+	// errOddDelta is wrapped by the error of changes that cannot be read.
+	errOddDelta = errors.New("what the server tells of changes cannot be read")
 	// errSlow is the cause of the end of a request that took too long.
 	errSlow = errors.New("no answer in time")
 )
@@ -108,7 +110,7 @@ func (c *client) delta(ctx context.Context, server registry.Server) (*answer, er
 		case http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone, http.StatusNotImplemented:
 			return nil, fmt.Errorf("%w: /apps/delta: %d", errNoDelta, refused.code)
 		case http.StatusOK:
-			return nil, fmt.Errorf("%w: /apps/delta: %w", errNoDelta, err)
+			return nil, fmt.Errorf("%w: %w", errOddDelta, err)
 		}
 	}
 	return d, err

@@ -126,7 +126,8 @@ type decoder struct {
 	answer answer
 	choice choice
 	next   func() // is called after each instance and application
-	most   int    // instances
+	most   int    // instances, and applications without
+	empty  int    // applications without instances, so far
 }
 
 // decode reads an answer. It fails on whatever is not whole.
@@ -218,6 +219,11 @@ func (d *decoder) application() error {
 	})
 	if err != nil {
 		return err
+	}
+	if len(instances) == 0 {
+		if d.empty++; d.empty > d.most {
+			return fmt.Errorf("it has more than %d applications without instances", d.most)
+		}
 	}
 	if name == "" {
 		d.answer.odd += max(1, len(instances))

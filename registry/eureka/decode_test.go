@@ -327,3 +327,16 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// TestEmptyApplicationsAreBounded: they cost memory too.
+func TestEmptyApplicationsAreBounded(t *testing.T) {
+	var body strings.Builder
+	body.WriteString(`{"applications":{"apps__hashcode":"","application":[{}`)
+	for range maxInstances {
+		body.WriteString(",{}")
+	}
+	body.WriteString("]}}")
+	if _, err := decode(strings.NewReader(body.String()), choice{}, func() {}); err == nil || !strings.Contains(err.Error(), "applications without instances") {
+		t.Errorf("the error is %v", err)
+	}
+}

@@ -152,6 +152,8 @@ type reader struct {
 	known  *known
 	// gap says that a failure was reported, or nothing was yet, since the last listing.
 	gap bool
+	// confirm says that nothing was stated yet that was read after the last gap.
+	confirm bool
 	// history is of the current server.
 	history
 	odd bool // a log line has told of elements that are no instances
@@ -162,7 +164,7 @@ type history struct {
 	last       time.Time // the last good reading; zero means none
 	fullAt     time.Time // the next full one is due
 	version    int64     // of the last delta, 0 if there was none
-	mismatches int       // deltas in a row that contradicted the server's count
+	mismatches int       // deltas in a row that contradicted the server's count, or could not be read
 	noDelta    time.Time // deltas are not asked for before
 	told       bool      // a log line has told that deltas are of no use
 }
@@ -185,6 +187,11 @@ func (r *reader) read(ctx context.Context) error {
 		case errors.Is(err, errNoDelta):
 			r.withoutDelta(now, err)
 			usable = false
+		case errors.Is(err, errOddDelta): // once is nothing: what is missing below is still asked for
+			if r.mismatches++; r.mismatches == maxMismatches {
+				r.withoutDelta(now, err)
+				usable = false
+			}
 		case err != nil:
 			return fmt.Errorf("read what has changed: %w", err)
 		default:
@@ -239,11 +246,12 @@ func (r *reader) withoutDelta(now time.Time, why error) {
 // good reports what is known.
 func (r *reader) good(now time.Time) {
 	r.last = now
-	for _, s := range r.known.changed(r.gap) {
+	// What the reading says that ended the gap is no evidence of what is there now; the next one states it again.
+	for _, s := range r.known.changed(r.gap || r.confirm) {
 		r.sink.Put(s)
 	}
 	r.sink.Synced(r.known.ids())
-	r.gap = false
+	r.gap, r.confirm = false, r.gap
 }
 
 // unexplained returns an error if the server no longer lists an instance, and has not said that it was removed. That is what a
@@ -253,6 +261,9 @@ func (r *reader) unexplained(ctx context.Context, full *answer, delta bool, beca
 	lost := r.known.lost(full)
 	if len(lost) == 0 {
 		return nil
+	}
+	if counted := countOf(full); full.hash != "" && full.odd == 0 && counted != full.hash {
+		return fmt.Errorf("it lists %q, and counts %q: %d instances that it had are missing (%s)", counted, full.hash, len(lost), lost[0])
 	}
 	if !delta {
 		// It does not say. But it tells when each instance registered, and after a restart all of them just have.

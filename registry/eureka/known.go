@@ -23,12 +23,25 @@ func newKnown() *known {
 }
 
 // hash gives the number of instances by status, as servers write it ("DOWN_1_UP_2_").
-func (k *known) hash() string {
+func (k *known) hash() string { return hashOf(k.counts) }
+
+func hashOf(counts map[string]int) string {
 	var out strings.Builder
-	for _, status := range slices.Sorted(maps.Keys(k.counts)) {
-		fmt.Fprintf(&out, "%s_%d_", status, k.counts[status])
+	for _, status := range slices.Sorted(maps.Keys(counts)) {
+		fmt.Fprintf(&out, "%s_%d_", status, counts[status])
 	}
 	return out.String()
+}
+
+// countOf gives the hash of what a full answer lists.
+func countOf(full *answer) string {
+	counts := map[string]int{}
+	for _, records := range full.apps {
+		for _, r := range records {
+			counts[r.status]++
+		}
+	}
+	return hashOf(counts)
 }
 
 func (k *known) count(status string, by int) {

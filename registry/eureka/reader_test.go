@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -383,10 +384,52 @@ func TestOddDelta(t *testing.T) {
 				}
 				return
 			}
-			s.expect(t, "/apps/delta /apps", "synced")
+			for range maxMismatches { // one of them may be bad luck
+				s.expect(t, "/apps/delta /apps", "synced")
+			}
 			s.expect(t, "/apps", "synced")
 		})
 	}
+}
+
+// TestStatedAgainAfterGap: what the reading says that ends a gap is no evidence, what the next one says is.
+func TestStatedAgainAfterGap(t *testing.T) {
+	f := newFake(t)
+	s := newStepper(t, f)
+	f.register("ORDERS", "10.0.0.1")
+	puts := func() (n int) {
+		for _, e := range s.rec.State().Events {
+			if e.Kind == registrytest.Put {
+				n++
+			}
+		}
+		return n
+	}
+	for n, want := range []int{1, 2, 2, 2} {
+		if s.ok(t); puts() != want {
+			t.Fatalf("after reading %d the service was stated %d times, want %d", n+1, puts(), want)
+		}
+	}
+	s.fail(errors.New("a failure"))
+	for n, want := range []int{3, 4, 4} {
+		if s.ok(t); puts() != want {
+			t.Fatalf("after reading %d since the failure the service was stated %d times, want %d", n+1, puts(), want)
+		}
+	}
+}
+
+// TestFullAnswerIsCounted has a full answer that lists less than it counts.
+func TestFullAnswerIsCounted(t *testing.T) {
+	f := newFake(t)
+	s := newStepper(t, f)
+	f.register("ORDERS", "10.0.0.1", "10.0.0.2")
+	s.ok(t)
+	s.noDelta = time.Now().Add(time.Hour)
+	s.ok(t)
+	f.bodies["/apps"] = `{"applications":{"versions__delta":"1","apps__hashcode":"UP_2_","application":[{"name":"ORDERS","instance":[` +
+		`{"instanceId":"10.0.0.1","app":"ORDERS","ipAddr":"10.0.0.1","status":"UP","port":{"$":8080,"@enabled":"true"}}]}]}}`
+	f.edit(func() { f.lose("ORDERS", "10.0.0.2") })
+	s.expect(t, "/apps", "fail put synced")
 }
 
 // TestFailureChangesNothing is about a delta that was merged, and a full reading that then failed.

@@ -67,12 +67,13 @@ type conn struct {
 	budget *registry.Budget
 	rate   *rate.Limiter
 
-	begun  chan struct{} // closed once there is a session
-	ended  chan struct{} // closed once there is none any more
-	left   chan struct{} // closed when we want no more of it
-	asked  chan struct{} // closed when the library asks for another server
-	closes chan struct{} // closed when its Close is about to be called
-	wake   chan struct{} // has an element while there are events
+	greeted sync.Once     // closes begun
+	begun   chan struct{} // closed once there is a session
+	ended   chan struct{} // closed once there is none any more
+	left    chan struct{} // closed when we want no more of it
+	asked   chan struct{} // closed when the library asks for another server
+	closes  chan struct{} // closed when its Close is about to be called
+	wake    chan struct{} // has an element while there are events
 
 	mu     sync.Mutex
 	err    error              // why it ended
@@ -290,7 +291,7 @@ func (c *conn) event(e zk.Event) {
 	case zk.EventSession:
 		switch e.State {
 		case zk.StateHasSession:
-			close(c.begun)
+			c.greeted.Do(func() { close(c.begun) }) // a corrupt event of the server may say so once more
 		case zk.StateDisconnected, zk.StateExpired:
 			c.fail(c.lost())
 		default: // on the way to a session
@@ -499,23 +500,55 @@ func (c *conn) exists(ctx context.Context, path string, watch bool) (there bool,
 	return there, v, err
 }
 
-// wire is the connection as the library reads it. It looks at the length of each answer, which the library believes: an
-// answer that is too short would end the process, and one of gigabytes its memory.
+// wire is the connection as the library reads it. It looks at what the library believes: the length of each answer, and
+// the count of what is inside. An answer that is too short would end the process, and so would one that speaks of gigabytes,
+// since the library makes room before it looks whether they are there. It checks the lengths of strings itself.
 //
 // It also takes out of each answer how far the server is (its zxid). The library notes that to resume sessions, which is not
 // done here, and at the beginning of a session it reads the note while it may be writing it.
 type wire struct {
 	net.Conn
-	in    *bufio.Reader
-	left  int  // of the answer that is being read
-	begun bool // the session's answer was read, which has no zxid
+	in      *bufio.Reader
+	left    int  // of the answer that is being read
+	greeted bool // the session was asked for, which has no xid
+	begun   bool // the session's answer was read, which has no zxid
 
-	mu  sync.Mutex
-	err error // the first one
+	mu    sync.Mutex
+	asked map[int32]int32 // the operations of what has no answer yet, by xid: not many, for each is waited for
+	err   error           // the first one
 }
 
-// minAnswer is the length of the shortest answer.
-const minAnswer = 16
+// The lengths of parts of answers.
+const (
+	headLength    = 16                      // xid, zxid and error
+	statLength    = 6*8 + 5*4               // what is known of a node, behind its data or children
+	countLength   = 4                       // of children or bytes
+	sessionLength = 4 + 4 + 8 + countLength // version, timeout, session and the length of its password
+	nameLength    = 4                       // of a name in a list: its length
+)
+
+// The operations whose answers begin with a count.
+const (
+	readData             = 4
+	readChildren         = 8
+	readChildrenWithStat = 12
+)
+
+// Write sends one request: the library writes each by one call, and not by several goroutines at once.
+func (w *wire) Write(p []byte) (int, error) {
+	if w.greeted && len(p) >= 12 { // length, xid and operation
+		if xid := int32(binary.BigEndian.Uint32(p[4:])); xid >= 0 {
+			w.mu.Lock()
+			if w.asked == nil {
+				w.asked = map[int32]int32{}
+			}
+			w.asked[xid] = int32(binary.BigEndian.Uint32(p[8:]))
+			w.mu.Unlock()
+		}
+	}
+	w.greeted = true
+	return w.Conn.Write(p)
+}
 
 func (w *wire) Read(p []byte) (int, error) {
 	n, err := w.read(p)
@@ -531,27 +564,111 @@ func (w *wire) Read(p []byte) (int, error) {
 
 func (w *wire) read(p []byte) (int, error) {
 	if w.left == 0 {
-		head, err := w.in.Peek(4)
+		length, err := w.length()
 		if err != nil {
 			return 0, err
 		}
-		length := binary.BigEndian.Uint32(head)
-		if length < minAnswer || length > maxAnswer {
-			return 0, fmt.Errorf("it sends an answer of %d bytes: is it a ZooKeeper?", length)
-		}
-		w.left = 4 + int(length)
 		if w.begun {
-			head, err := w.in.Peek(4 + minAnswer) // xid, zxid and error behind the length
-			if err != nil {
-				return 0, err
-			}
-			clear(head[8:16])
+			err = w.answer(length)
+		} else {
+			err = w.session(length)
+		}
+		if err != nil {
+			return 0, err
 		}
 		w.begun = true
+		w.left = 4 + length
 	}
 	n, err := w.in.Read(p[:min(len(p), w.left)])
 	w.left -= n
 	return n, err
+}
+
+// length gives the length of the next answer.
+func (w *wire) length() (int, error) {
+	head, err := w.in.Peek(4)
+	if err != nil {
+		return 0, err
+	}
+	length, least := binary.BigEndian.Uint32(head), uint32(headLength)
+	if !w.begun {
+		least = sessionLength
+	}
+	if length < least || length > maxAnswer {
+		return 0, strange("an answer of %d bytes", length)
+	}
+	return int(length), nil
+}
+
+// session looks at the first answer.
+func (w *wire) session(length int) error {
+	head, err := w.in.Peek(4 + sessionLength)
+	if err != nil {
+		return err
+	}
+	head = head[4:]
+	timeout, session := int32(binary.BigEndian.Uint32(head[4:])), binary.BigEndian.Uint64(head[8:])
+	if session != 0 && timeout <= 0 { // without a session it is 0; else the library would end the process
+		return strange("a session of %d ms", timeout)
+	}
+	if password := int32(binary.BigEndian.Uint32(head[16:])); int(password) > length-sessionLength {
+		return strange("a password of %d bytes in an answer of %d bytes", password, length)
+	}
+	return nil
+}
+
+// answer looks at any further answer.
+func (w *wire) answer(length int) error {
+	head, err := w.in.Peek(4 + headLength)
+	if err != nil {
+		return err
+	}
+	head = head[4:]
+	clear(head[4:12])
+	xid, failed := int32(binary.BigEndian.Uint32(head)), binary.BigEndian.Uint32(head[12:]) != 0
+	if xid < 0 { // an event, or the answer to a ping
+		return nil
+	}
+	w.mu.Lock()
+	operation, asked := w.asked[xid]
+	delete(w.asked, xid)
+	w.mu.Unlock()
+	if !asked { // or it might be made while this is read, and be taken for answered
+		return strange("an answer to a request that was not made, %d", xid)
+	}
+	if failed {
+		return nil
+	}
+	room, size := length-headLength-countLength, nameLength
+	switch operation {
+	case readChildren:
+	case readChildrenWithStat:
+		room -= statLength
+	case readData:
+		room, size = room-statLength, 1
+	default: // nothing is counted
+		return nil
+	}
+	if room < 0 {
+		return strange("an answer of %d bytes to operation %d", length, operation)
+	}
+	head, err = w.in.Peek(4 + headLength + countLength)
+	if err != nil {
+		return err
+	}
+	count := binary.BigEndian.Uint32(head[4+headLength:])
+	if operation == readData && int32(count) < 0 { // the node has no data; for children the library knows no such thing
+		return nil
+	}
+	if uint64(count) > uint64(room/size) {
+		return strange("an answer of %d bytes to operation %d that speaks of %d elements", length, operation, count)
+	}
+	return nil
+}
+
+// strange is the error of a server that sends what no ZooKeeper does.
+func strange(format string, args ...any) error {
+	return fmt.Errorf("it sends "+format+": is it a ZooKeeper?", args...)
 }
 
 func (w *wire) failure() error {

@@ -239,3 +239,11 @@ func portOf(s string) uint32 {
 	}
 	return uint32(n)
 }
+
+// shortPath gives what a message repeats of a path.
+func shortPath(path string) string {
+	if len(path) > 300 {
+		path = strings.ToValidUTF8(path[:300], "") + "..."
+	}
+	return path
+}

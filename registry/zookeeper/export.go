@@ -223,7 +223,7 @@ func (t *tree) metadata(f *folder, revision string) *metadata {
 		if err != nil {
 			t.warn("the metadata of an application in ZooKeeper cannot be used", m.z.path, err)
 		}
-		m.of, m.known = of, true
+		m.of, m.known = of, err == nil || len(of) > 0
 		t.putFolder(f)
 	})
 	return m

@@ -438,7 +438,7 @@ func (r *reader) answered(res result) {
 
 // explain tells what was being read, and what to do about it.
 func (r *reader) explain(z *znode, err error) error {
-	path := r.conn.full(z.path)
+	path := shortPath(r.conn.full(z.path))
 	switch {
 	case errors.Is(err, zk.ErrNoAuth) && r.conn.z.secret != "":
 		return fmt.Errorf("read %s of zookeeper at %s: we may not (%w): check user and password in secret %s, and the ACL of "+

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"net/url"
@@ -16,6 +17,10 @@ import (
 
 // forgetAfter is how long a service is listed of which no provider is left, though its interface's folder is.
 const forgetAfter = time.Hour
+
+// maxMove is how long a provider that is gone at interface level may be kept until it is known what it exports at application
+// level.
+const maxMove = 5 * time.Second
 
 // errRestored ends a session that may read a folder again. Watches may be spent that fired while it was refused.
 var errRestored = errors.New("access was restored: everything is read anew")
@@ -37,7 +42,9 @@ type tree struct {
 	checks   int             // roots that are being checked
 	unproven bool            // one of them could not be read
 	checkAt  time.Time
-	curator  int // nodes in Curator's form that the first listing of the session waits for
+	// confirmed is the session in which all was stated once more.
+	confirmed *reader
+	curator   int // nodes in Curator's form that the first listing of the session waits for
 	// applications says that something registered at Dubbo's application level.
 	applications bool
 }
@@ -67,7 +74,8 @@ type folder struct {
 	name  string
 	list  *znode
 	nodes map[string]*instanceNode
-	told  bool // it was stated, or failed, so that listings name it
+	told  bool                // it was stated, or failed, so that listings name it
+	last  []registry.Instance // as it was stated last
 
 	exporting // Dubbo's application level
 }
@@ -89,13 +97,15 @@ type instanceNode struct {
 // iface is an interface at Dubbo's interface level, or one that an application exports.
 type iface struct {
 	name          string
-	folder        bool // it has one
+	folder        bool   // it has one
+	spelling      string // the folder's name
 	providers     *znode
 	configurators *znode
 	nodes         map[string]*providerNode
 	rules         map[string]*override // nil: it cannot be decoded
 	exported      map[*folder][]exported
 	ids           map[string]*known
+	warned        string // the spelling that was warned of
 	// placeholder says that it could not be read before anything was known of it.
 	placeholder bool
 }
@@ -105,12 +115,16 @@ type providerNode struct {
 	provider
 	bad  bool
 	gone time.Time // when it was first seen to be missing
+	// moving says that it no longer counts as registered at interface level, so that its application is asked what it
+	// exports, and that it stays until that is known.
+	moving bool
 }
 
 // known is a service of an interface that was stated.
 type known struct {
 	host    string
-	emptied time.Time // when the last instance went
+	last    []registry.Instance // as it was stated last
+	emptied time.Time           // when the last instance went
 }
 
 func newTree(z *zookeeper, sink registry.Sink) *tree {
@@ -217,8 +231,50 @@ func (t *tree) report(now time.Time) {
 	if !t.r.synced {
 		t.r.synced = true
 		t.checkAt = now.Add(t.checkPause())
+	} else if t.confirmed != t.r {
+		t.confirmed = t.r
+		t.confirm()
 	}
 	t.sink.Synced(slices.Sorted(maps.Keys(ids)))
+}
+
+// confirm states once more what is there. What was stated before a session's first listing is no evidence that it outlived
+// the gap before, in which other sessions may have ended too, and are only found out now. From here on what goes is believed.
+func (t *tree) confirm() {
+	for _, r := range t.roots {
+		for _, f := range r.folders {
+			if f.told && t.whole(f) {
+				s := rootService(r.path, f.name, nil)
+				s.Instances = f.last
+				t.sink.Put(s)
+			}
+		}
+	}
+	for _, i := range t.ifaces {
+		missing := false
+		for _, n := range i.nodes {
+			missing = missing || !n.gone.IsZero()
+		}
+		if missing || t.dirty[i] || i.folder && !(t.r.good(i.providers) && t.r.good(i.configurators)) {
+			continue
+		}
+		for id, k := range i.ids {
+			t.sink.Put(registry.Service{ID: id, Host: k.host, Instances: k.last})
+		}
+	}
+}
+
+// whole reports whether all of a folder was read in this session, and nothing of it is missing.
+func (t *tree) whole(f *folder) bool {
+	if !t.r.good(f.list) {
+		return false
+	}
+	for _, n := range f.nodes {
+		if !n.gone.IsZero() || n.missing || !t.r.good(n.z) {
+			return false
+		}
+	}
+	return true
 }
 
 func (t *tree) checkPause() time.Duration { return registry.Jitter(t.z.interval * 4 / 5) }
@@ -267,7 +323,7 @@ func (t *tree) rootRead(r *root, a answer) {
 	}
 	now := map[string]bool{}
 	for _, name := range a.names {
-		if r.skip[name] {
+		if r.skip[name] || len(name) > maxName { // no request may be that long
 			continue
 		}
 		now[name] = true
@@ -318,6 +374,10 @@ func (t *tree) folderRead(f *folder, a answer) {
 	}
 	now := map[string]bool{}
 	for _, name := range a.names {
+		if len(name) > maxName { // no request may be that long
+			t.warn("a node of ZooKeeper cannot be used", f.list.path, fmt.Errorf("a name has %d bytes: delete the node", len(name)))
+			continue
+		}
 		now[name] = true
 		n := f.nodes[name]
 		if n == nil {
@@ -373,7 +433,7 @@ func (t *tree) complain(n *instanceNode, message, path string, err error) {
 }
 
 func (t *tree) warn(message, path string, err error) {
-	t.z.env.Logger.Warn(message, slog.String("path", path), slog.Any("error", err))
+	t.z.env.Logger.Warn(message, slog.String("path", shortPath(path)), slog.Any("error", err))
 }
 
 // putFolder states a service in Curator's form, once all its nodes were read.
@@ -396,13 +456,18 @@ func (t *tree) putFolder(f *folder) {
 		return
 	}
 	var nodes []node
+	missing := false
 	for _, name := range slices.Sorted(maps.Keys(f.nodes)) {
 		if n := f.nodes[name]; n.known {
 			nodes = append(nodes, n.node)
+			missing = missing || n.missing || !n.gone.IsZero()
 		}
 	}
-	f.told = true
-	t.sink.Put(rootService(f.root.path, f.name, nodes))
+	s := rootService(f.root.path, f.name, nodes)
+	if !missing || !f.told || !slices.Equal(s.Instances, f.last) { // else nothing is known that would be worth stating
+		f.told, f.last = true, s.Instances
+		t.sink.Put(s)
+	}
 	t.exports.changed(f, time.Time{})
 }
 
@@ -415,19 +480,25 @@ func (t *tree) failFolder(f *folder, err error) {
 func (t *tree) interfaces(r *root, names []string) {
 	now := map[string]bool{}
 	for _, name := range names {
-		if r.skip[name] {
+		if r.skip[name] || len(name) > maxName {
 			continue
 		}
 		decoded, err := url.QueryUnescape(name)
 		if err != nil {
 			decoded = name
 		}
-		if now[decoded] { // two spellings of one: what was written by hand
+		i := t.iface(decoded)
+		if now[decoded] || i.folder && i.spelling != name && slices.Contains(names, i.spelling) {
+			t.twice(i, r.path, name)
 			continue
 		}
 		now[decoded] = true
-		i := t.iface(decoded)
-		i.folder = true
+		if i.folder && i.spelling != name {
+			t.r.drop(i.providers)
+			t.r.drop(i.configurators)
+			i.providers = nil
+		}
+		i.folder, i.spelling = true, name
 		if i.providers == nil || i.providers.reader != t.r {
 			path := r.path + "/" + name
 			i.providers = t.begin(false, listed, path+"/providers", func(a answer) { t.providersRead(i, a) })
@@ -446,6 +517,15 @@ func (t *tree) interfaces(r *root, names []string) {
 			t.dirty[i] = true
 			t.due = true
 		}
+	}
+}
+
+// twice warns, once, of a folder whose name is another spelling of one that is read.
+func (t *tree) twice(i *iface, root, name string) {
+	if i.warned != name {
+		i.warned = name
+		t.warn("a folder of ZooKeeper is not read: its name is another spelling of one that is", root+"/"+name,
+			fmt.Errorf("%s is read: delete the wrong one", root+"/"+i.spelling))
 	}
 }
 
@@ -516,17 +596,57 @@ func (t *tree) providersRead(i *iface, a answer) {
 			t.cover(n, 1)
 		}
 		n.gone = time.Time{}
+		if n.moving {
+			n.moving = false
+			t.cover(n, 1)
+		}
 		if !n.bad {
 			there[replaced{n.key, placeOf(n.instance)}] = true
 		}
 	}
 	for name, n := range i.nodes {
-		if !now[name] && (n.bad || there[replaced{n.key, placeOf(n.instance)}] || t.believed(i.providers, &n.gone)) {
-			t.cover(n, -1)
+		if !now[name] && (n.bad || there[replaced{n.key, placeOf(n.instance)}] || t.believed(i.providers, &n.gone) && !t.moves(i, n)) {
+			if !n.moving {
+				t.cover(n, -1)
+			}
 			delete(i.nodes, name)
 		}
 	}
 	t.dirty[i] = true
+}
+
+// moves reports whether a provider that is gone at interface level is still there at application level, and what it exports
+// there is not known yet. That was not asked for while both were there.
+func (t *tree) moves(i *iface, n *providerNode) bool {
+	if time.Since(n.gone) > maxMove {
+		return false
+	}
+	for _, r := range t.roots {
+		f := r.folders[n.application]
+		if f == nil || !f.offers(n.instance.Address, n.instance.Port) ||
+			slices.ContainsFunc(i.exported[f], func(x exported) bool { return placeOf(x.instance) == placeOf(n.instance) }) {
+			continue
+		}
+		if !n.moving {
+			n.moving = true
+			t.cover(n, -1)
+		}
+		t.r.at(i.providers, time.Now().Add(t.z.settle))
+		return true
+	}
+	return false
+}
+
+// offers reports whether an instance at Dubbo's application level has this endpoint.
+func (f *folder) offers(address string, port uint32) bool {
+	for _, n := range f.nodes {
+		if n.known && n.node.dubbo && !n.missing && n.gone.IsZero() && slices.ContainsFunc(n.node.instances, func(i registry.Instance) bool {
+			return i.Address == address && i.Port == port
+		}) {
+			return true
+		}
+	}
+	return false
 }
 
 // configuratorsRead takes the names of an interface's rules.
@@ -574,9 +694,11 @@ func (t *tree) state() {
 // put states the services of an interface. One that was there before, and has no instance any more, is stated as such.
 func (t *tree) put(i *iface) {
 	var providers []provider
+	missing := false
 	for _, n := range i.nodes {
 		if !n.bad {
 			providers = append(providers, n.provider)
+			missing = missing || !n.gone.IsZero()
 		}
 	}
 	var overrides []override
@@ -592,7 +714,10 @@ func (t *tree) put(i *iface) {
 	now := map[string]bool{}
 	for _, s := range interfaceServices(i.name, providers, overrides, all) {
 		now[s.ID] = true
-		i.ids[s.ID] = &known{host: s.Host}
+		if k := i.ids[s.ID]; missing && k != nil && slices.Equal(s.Instances, k.last) {
+			continue // what is missing may be among them, and was not seen again
+		}
+		i.ids[s.ID] = &known{host: s.Host, last: s.Instances}
 		t.sink.Put(s)
 	}
 	for id, k := range i.ids {
@@ -600,7 +725,7 @@ func (t *tree) put(i *iface) {
 			continue
 		}
 		if k.emptied.IsZero() {
-			k.emptied = time.Now()
+			k.emptied, k.last = time.Now(), nil
 		}
 		t.sink.Put(registry.Service{ID: id, Host: k.host})
 	}

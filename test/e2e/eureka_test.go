@@ -148,14 +148,15 @@ func (w *eurekaWorld) testInstances(t *testing.T) {
 // testRealApplication starts, stops and kills a Spring application, under requests.
 func (w *eurekaWorld) testRealApplication(t *testing.T) {
 	host := inEureka("shop")
-	start := func(id string) *harness.EurekaClient {
+	start := func(id, lease string) *harness.EurekaClient {
 		w.lastIP = max(w.lastIP, 1) + 1
 		return harness.StartEurekaClient(t, w.eureka.URL, harness.EurekaClientOptions{
 			App: "shop", InstanceID: id, IP: fmt.Sprintf("127.0.0.%d", w.lastIP), Port: w.port,
 			User: "reader", Password: "pw-of-the-reader", Metadata: map[string]string{"version": "v1"},
+			Properties: map[string]string{"eureka.instance.lease-expiration-duration-in-seconds": lease},
 		})
 	}
-	one, two := start("one"), start("two")
+	one, two := start("one", "60"), start("two", "3") // the first one lives on, also where it is late
 	w.client.has(t, host, one.Address, two.Address)
 	harness.Eventually(t, patience, func() error { return w.answers(host, "one", "two") })
 	stay := w.client.keepThese(map[string][]string{host: {one.Address}})
@@ -186,7 +187,9 @@ func (w *eurekaWorld) testRealApplication(t *testing.T) {
 	harness.Eventually(t, patience, func() error { return w.answers(host, "one", "two") })
 	stay(t)
 	two.Kill()
-	one.Kill()
+	if err := one.Stop(); err != nil {
+		t.Log(err)
+	}
 	w.client.has(t, host)
 	w.serves503(t, host)
 }
