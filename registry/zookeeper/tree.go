@@ -255,7 +255,8 @@ func (t *tree) confirm() {
 		for _, n := range i.nodes {
 			missing = missing || !n.gone.IsZero()
 		}
-		if missing || t.dirty[i] || i.folder && !(t.r.good(i.providers) && t.r.good(i.configurators)) {
+		read := !i.folder || t.r.good(i.providers) && t.r.good(i.configurators)
+		if missing || t.dirty[i] || !read {
 			continue
 		}
 		for id, k := range i.ids {
