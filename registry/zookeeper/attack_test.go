@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/regbridge/regbridge/registry"
 	"github.com/regbridge/regbridge/registry/registrytest"
@@ -89,6 +90,61 @@ func TestProviderChangesLevel(t *testing.T) {
 			f.remove("/services/shop/10.0.0.1:20880")
 			wait(t, rec, "nobody", has(id))
 		})
+	}
+}
+
+// TestProviderEndsOneInterface has an application that registers at both levels, and ends one of its interfaces.
+func TestProviderEndsOneInterface(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	node := func(iface string) string {
+		return "/dubbo/" + iface + "/providers/" + url.QueryEscape("dubbo://10.0.0.1:20880/"+iface+"?application=shop&side=provider")
+	}
+	f.set(node("demo.A"), "")
+	f.set(node("demo.B"), "")
+	f.set("/services/shop/10.0.0.1:20880", `{"name":"shop","address":"10.0.0.1","port":20880,"payload":{"@class":`+
+		`"org.apache.dubbo.registry.zookeeper.ZookeeperInstance","metadata":{"dubbo.endpoints":"[{\"port\":20880,\"protocol\":\"dubbo\"}]"}}}`)
+	rec := run(t, f.plainEntry(), testEnv(t, nil), func(z *zookeeper) { z.move = time.Hour })
+	wait(t, rec, "the first", has("providers:demo.A:0.0.0:", "10.0.0.1"))
+	wait(t, rec, "the second", has("providers:demo.B:0.0.0:", "10.0.0.1"))
+	wait(t, rec, "the application", has("/services/shop", "10.0.0.1"))
+	f.remove(node("demo.B"))
+	wait(t, rec, "the end of the second", has("providers:demo.B:0.0.0:"))
+}
+
+// TestStatedAgainAfterListing: what is stated before a session's first listing is no evidence of what is there after the gap
+// before it. What is there at the next listing is stated again, once.
+func TestStatedAgainAfterListing(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.register(spring, "order", at("10.0.0.1"))
+	f.register(dubbo, "demo.Api", at("10.0.0.2"))
+	rec := run(t, f.plainEntry(), testEnv(t, nil))
+	puts := func(s registrytest.State) (before, after int) { // the second listing
+		listings := 0
+		for _, e := range s.Events {
+			switch {
+			case e.Kind == registrytest.Synced:
+				listings++
+			case e.Kind == registrytest.Put && listings == 0:
+				before++
+			case e.Kind == registrytest.Put:
+				after++
+			}
+		}
+		return before, after
+	}
+	wait(t, rec, "four listings", func(s registrytest.State) bool {
+		n := 0
+		for _, e := range s.Events {
+			if e.Kind == registrytest.Synced {
+				n++
+			}
+		}
+		return n >= 4
+	})
+	if before, after := puts(rec.State()); before != 2 || after != 2 {
+		t.Errorf("two services were stated %d times before the first listing, and %d times after it", before, after)
 	}
 }
 

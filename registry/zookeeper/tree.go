@@ -18,10 +18,6 @@ import (
 // forgetAfter is how long a service is listed of which no provider is left, though its interface's folder is.
 const forgetAfter = time.Hour
 
-// maxMove is how long a provider that is gone at interface level may be kept until it is known what it exports at application
-// level.
-const maxMove = 5 * time.Second
-
 // errRestored ends a session that may read a folder again. Watches may be spent that fired while it was refused.
 var errRestored = errors.New("access was restored: everything is read anew")
 
@@ -619,7 +615,11 @@ func (t *tree) providersRead(i *iface, a answer) {
 // moves reports whether a provider that is gone at interface level is still there at application level, and what it exports
 // there is not known yet. That was not asked for while both were there.
 func (t *tree) moves(i *iface, n *providerNode) bool {
-	if time.Since(n.gone) > maxMove {
+	others := t.covered[endpoint{n.application, n.instance.Address, n.instance.Port}]
+	if !n.moving {
+		others--
+	}
+	if others > 0 || time.Since(n.gone) > t.z.move { // it still registers at interface level, but not this; or it has had its time
 		return false
 	}
 	for _, r := range t.roots {

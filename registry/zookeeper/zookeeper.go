@@ -42,6 +42,9 @@ type zookeeper struct {
 	// settle is how long an endpoint must be gone to be believed gone, since Dubbo's providers register again when their
 	// configuration changes, under another name.
 	settle time.Duration
+	// move is how long a provider that is gone at interface level may be kept until it is known what it exports at application
+	// level.
+	move time.Duration
 	// repair is the time in which each node is read once more even if nothing tells that it changed.
 	repair time.Duration
 }
@@ -79,6 +82,7 @@ func New(e registry.Entry, env registry.Env) (registry.Registry, error) {
 		interval: interval,
 		timeout:  min(max(interval, 2*time.Second), 10*time.Second),
 		settle:   100 * time.Millisecond,
+		move:     5 * time.Second,
 		repair:   10 * time.Minute,
 	}, errors.Join(problems...)
 }
