@@ -120,32 +120,31 @@ func TestStatedAgainAfterListing(t *testing.T) {
 	f.register(spring, "order", at("10.0.0.1"))
 	f.register(dubbo, "demo.Api", at("10.0.0.2"))
 	rec := run(t, f.plainEntry(), testEnv(t, nil))
-	puts := func(s registrytest.State) (before, after int) { // the second listing
-		listings := 0
-		for _, e := range s.Events {
-			switch {
-			case e.Kind == registrytest.Synced:
-				listings++
-			case e.Kind == registrytest.Put && listings == 0:
-				before++
-			case e.Kind == registrytest.Put:
-				after++
-			}
+	s := wait(t, rec, "four listings", func(s registrytest.State) bool { return listings(s) >= 4 })
+	before, after, listed := 0, 0, false
+	for _, e := range s.Events {
+		switch {
+		case e.Kind == registrytest.Synced:
+			listed = true
+		case e.Kind == registrytest.Put && listed:
+			after++
+		case e.Kind == registrytest.Put:
+			before++
 		}
-		return before, after
 	}
-	wait(t, rec, "four listings", func(s registrytest.State) bool {
-		n := 0
-		for _, e := range s.Events {
-			if e.Kind == registrytest.Synced {
-				n++
-			}
-		}
-		return n >= 4
-	})
-	if before, after := puts(rec.State()); before != 2 || after != 2 {
+	if before != 2 || after != 2 {
 		t.Errorf("two services were stated %d times before the first listing, and %d times after it", before, after)
 	}
+}
+
+// listings counts those that were reported.
+func listings(s registrytest.State) (n int) {
+	for _, e := range s.Events {
+		if e.Kind == registrytest.Synced {
+			n++
+		}
+	}
+	return n
 }
 
 func instanceLabel(i []registry.Instance, key string) (string, bool) {
