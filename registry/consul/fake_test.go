@@ -334,13 +334,8 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	conn, _ := r.Context().Value(connKey{}).(net.Conn)
 	f.paths[conn] = r.URL.Path
 	crowded := f.conns[conn] || f.busy > 0 && f.waiting > f.busy && r.URL.Path == catalogPath
-	code, text := 0, cmp.Or(f.text, "the test says so")
+	code, text := f.spoiled(r)
 	cleaning := f.cleaning && path.Clean(r.URL.Path) != r.URL.Path
-	for prefix, c := range f.status {
-		if strings.HasPrefix(r.URL.Path, prefix) {
-			code = c
-		}
-	}
 	f.mu.Unlock()
 	switch {
 	case hang:
@@ -357,6 +352,16 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// spoiled gives the status, and the text, that stand in place of the answer; 0 means that the answer is good.
+func (f *fake) spoiled(r *http.Request) (code int, text string) {
+	for prefix, c := range f.status {
+		if strings.HasPrefix(r.URL.Path, prefix) {
+			code = c
+		}
+	}
+	return code, cmp.Or(f.text, "the test says so")
+}
+
 func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 	after, _ := strconv.ParseUint(r.FormValue("index"), 10, 64)
 	wait, _ := time.ParseDuration(r.FormValue("wait"))
@@ -365,6 +370,11 @@ func (f *fake) answer(w http.ResponseWriter, r *http.Request) {
 	expired := after == 0
 	for {
 		f.mu.Lock()
+		if code, text := f.spoiled(r); code != 0 { // since the query began to wait
+			f.mu.Unlock()
+			http.Error(w, text, code)
+			return
+		}
 		index, body, filtered, code := f.look(r)
 		if code == 0 && index <= after && !expired {
 			changed := f.changed
