@@ -270,8 +270,9 @@ func TestLies(t *testing.T) {
 	} {
 		for _, delta := range []bool{true, false} {
 			t.Run(fmt.Sprintf("%s/delta %v", tc.name, delta), func(t *testing.T) {
+				gap := tc.gap
 				if !delta && tc.name == "all have registered again, and one is removed" {
-					t.Skip("without a delta that is no different from one that has not registered again")
+					gap = true // that is no different then from one that has not registered again
 				}
 				f := newFake(t)
 				if !delta {
@@ -287,7 +288,7 @@ func TestLies(t *testing.T) {
 				s.ok(t)
 				f.edit(func() { tc.change(f) })
 				_, events := s.ok(t)
-				if gap := events[0].Kind == registrytest.Fail; gap != tc.gap {
+				if got := events[0].Kind == registrytest.Fail; got != gap {
 					t.Errorf("reported %v", events)
 				}
 				s.agrees(t)

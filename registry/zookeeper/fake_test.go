@@ -417,7 +417,9 @@ func (c *fakeConn) answer(b fields, first bool) bool {
 // await waits for something about the fake.
 func (f *fake) await(what string, ok func() bool) {
 	f.t.Helper()
-	for deadline := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(limit); ; <-tick.C {
 		f.mu.Lock()
 		done := ok()
 		f.mu.Unlock()

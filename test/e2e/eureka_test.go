@@ -167,6 +167,15 @@ func (w *eurekaWorld) testRealApplication(t *testing.T) {
 	harness.Eventually(t, patience, func() error { return w.answers(host, "one") })
 	w.eureka.DeleteStatus(override, "UP")
 	w.client.has(t, host, one.Address, two.Address)
+	one.SetMetadata(map[string]string{"version": "v2"})
+	harness.Eventually(t, patience, func() error {
+		for _, e := range w.client.service(host).GetEndpoints() {
+			if e.Labels["version"] == "v2" {
+				return nil
+			}
+		}
+		return errors.New("no endpoint has the new label")
+	})
 	two.SetStatus("DOWN") // by itself
 	w.client.has(t, host, one.Address)
 	two.SetStatus("UP")

@@ -36,11 +36,7 @@ type reader struct {
 // startReader connects to regbridge.
 func startReader(tb testing.TB, address string) *reader {
 	tb.Helper()
-	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30)))
-	if err != nil {
-		tb.Fatal(err)
-	}
+	conn := dialXDS(tb, address)
 	stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).StreamAggregatedResources(tb.Context())
 	if err != nil {
 		tb.Fatal(err)
@@ -80,11 +76,7 @@ func startReader(tb testing.TB, address string) *reader {
 // startDeltaReader is startReader with incremental xDS, for which a change costs no more than itself. It does not know keep.
 func startDeltaReader(tb testing.TB, address string) *reader {
 	tb.Helper()
-	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30)))
-	if err != nil {
-		tb.Fatal(err)
-	}
+	conn := dialXDS(tb, address)
 	stream, err := discovery.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(tb.Context())
 	if err != nil {
 		tb.Fatal(err)
@@ -123,6 +115,16 @@ func startDeltaReader(tb testing.TB, address string) *reader {
 		<-done
 	})
 	return r
+}
+
+func dialXDS(tb testing.TB, address string) *grpc.ClientConn {
+	tb.Helper()
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(1<<30)))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return conn
 }
 
 func decodeService(res *anypb.Any) (*networking.ServiceEntry, error) {
