@@ -212,6 +212,15 @@ func metric(ctx context.Context, url, name string, labels []string) (float64, er
 	if err != nil {
 		return 0, err
 	}
+	sum, err := sumOf(page, name, labels)
+	if err != nil {
+		return 0, fmt.Errorf("GET %s: %w", url, err)
+	}
+	return sum, nil
+}
+
+// sumOf adds up the series of a page of metrics that have this name and these labels.
+func sumOf(page, name string, labels []string) (float64, error) {
 	var sum float64
 	lines := bufio.NewScanner(strings.NewReader(page))
 	lines.Buffer(nil, 1<<20)
@@ -228,7 +237,7 @@ next:
 		}
 		v, err := strconv.ParseFloat(value, 64)
 		if err != nil {
-			return 0, fmt.Errorf("GET %s: %q is not a metric: %w", url, lines.Text(), err)
+			return 0, fmt.Errorf("%q is not a metric: %w", lines.Text(), err)
 		}
 		sum += v
 	}

@@ -363,16 +363,17 @@ func (n *Nacos) mayRead(user, password string, namespaces ...string) error {
 // Requests is how many requests the server has taken by HTTP and by gRPC since its start; of those by gRPC it knows some
 // seconds later. Signs of life by HTTP and readings of this number do not count.
 func (n *Nacos) Requests() (http, grpc float64, err error) {
-	url := "http://" + n.Address + "/nacos/actuator/prometheus"
-	count := func(name string, labels ...string) float64 {
-		if err != nil {
-			return 0
-		}
-		var value float64
-		value, err = metric(n.tb.Context(), url, name, labels)
-		return value
+	page, err := getOK(n.tb.Context(), "http://"+n.Address+"/nacos/actuator/prometheus")
+	if err != nil {
+		return 0, 0, err
+	}
+	count := func(name string, labels ...string) float64 { // all of one page, since each reading counts as well
+		sum, failed := sumOf(page, name, labels)
+		err = errors.Join(err, failed)
+		return sum
 	}
 	const served = "http_server_requests_seconds_count"
 	http = count(served) - count(served, `uri="/actuator/prometheus"`) - count(served, `uri="/v1/ns/instance/beat"`)
-	return http, count("grpc_server_executor", `name="taskCount"`, `type="grpcSdkServer"`), err
+	grpc = count("grpc_server_executor", `name="taskCount"`, `type="grpcSdkServer"`)
+	return http, grpc, err
 }
